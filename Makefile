@@ -1,0 +1,30 @@
+# make quickstart   install, train a GPT on Python's own library, print samples
+# make test         install, check the style, run all tests; needs no GPU and, once installed, no network
+# PYTHON=python3.12 picks the interpreter of .venv
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(INSTALLED)
+	@$(BIN)/python train.py configs/quickstart.toml --resume
+	@$(BIN)/python sample.py runs/quickstart --prompt "def main(" --num-samples 3
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest -q -n 2 -m "not serial"
+	$(BIN)/python -m pytest -q -m serial
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+# torch is installed first and pinned, so that no dependency of another package picks its release
+$(INSTALLED): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,154 @@
+"""Every op in plain PyTorch: the definition, the fallback on a CPU, the oracle of tests, the baseline of benchmarks.
+
+Shapes: B batch, T query length, S key length, H query heads, H_kv key-value heads (H a multiple of H_kv), D head size,
+C width, V vocabulary. Nothing here imports Triton, and no argument is ever written to.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def attention(q, k, v, *, causal, window=None, document_ids=None, dropout_p=0.0, seed=None, scale=None,
+              deterministic=True):
+    """softmax(scale · q kᵀ + mask) v, head by head (arXiv 1706.03762; grouped queries arXiv 2305.13245).
+
+    q (B, T, H, D); k, v (B, S, H_kv, D), all of one floating dtype; gives (B, T, H, D). `causal`: key j is visible to
+    query i iff j <= i + S - T (bottom right). `window` w also asks i + S - T - j < w. `document_ids` (B, T) integers,
+    S = T, hides keys of other documents. `scale`: 1/sqrt(D) unless given. `dropout_p` drops attention weights; with
+    `seed` the mask is a function of it, without it torch's generator draws. A query without a visible key gives zeros.
+    Every path here is deterministic, so `deterministic` changes nothing.
+    """
+    check_attention(q, k, v, window=window, document_ids=document_ids, dropout_p=dropout_p)
+    T, S = q.shape[1], k.shape[1]
+    mask = _attention_mask(T, S, causal, window, document_ids, q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                # (B, H, T, D)
+    if dropout_p and seed is not None:
+        return _attention_seeded_dropout(q, k, v, mask, dropout_p, seed, scale).transpose(1, 2)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None and T > 1, dropout_p=dropout_p, scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)                                                        # (B, T, H, D)
+
+
+def check_attention(q, k, v, *, window=None, document_ids=None, dropout_p=0.0):
+    """Raise ValueError where the arguments of `attention` do not fit together."""
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[::3] != k.shape[::3] or q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention takes q (B, T, H, D) and k, v (B, S, H_kv, D) with H a multiple of H_kv, "
+                         f"not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if window is not None and window < 1:
+        raise ValueError(f"attention window = {window}; the least is 1")
+    if document_ids is not None and not q.shape[:2] == document_ids.shape == k.shape[:2]:
+        raise ValueError(f"document_ids {tuple(document_ids.shape)} must be (B, T) with S = T, here "
+                         f"T = {q.shape[1]} and S = {k.shape[1]}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p = {dropout_p} is not in [0, 1)")
+
+
+def _attention_mask(T, S, causal, window, document_ids, device):
+    """Boolean, true where a key is visible: (T, S), (B, 1, T, S), or None where SDPA's own causal flag says it all."""
+    windowed = window is not None and (window < S or T > S)
+    if not windowed and document_ids is None and (not causal or T == S or T == 1 <= S):
+        return None
+    distance = (torch.arange(T, device=device) + (S - T))[:, None] - torch.arange(S, device=device)
+    visible = torch.ones(T, S, dtype=torch.bool, device=device)
+    if causal:
+        visible &= distance >= 0
+    if windowed:
+        visible &= distance < window
+    if document_ids is not None:
+        visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    return visible
+
+
+def _attention_seeded_dropout(q, k, v, mask, dropout_p, seed, scale):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.mT).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = torch.nan_to_num(scores.softmax(-1))
+    generator = torch.Generator(q.device).manual_seed(seed)
+    kept = torch.rand(weights.shape, generator=generator, device=q.device) >= dropout_p
+    return (weights * kept / (1 - dropout_p)).to(v.dtype) @ v
+
+
+def layer_norm(x, weight, bias, eps, residual=None):
+    """(x - mean) / sqrt(var + eps) · weight + bias over the last dimension (arXiv 1607.06450); statistics in float32.
+
+    x (..., C); weight, bias (C,) or None. With `residual` (..., C): gives (norm of x + residual, x + residual).
+    """
+    if residual is not None:
+        x = x + residual
+    y = F.layer_norm(x, x.shape[-1:], _as(weight, x), _as(bias, x), eps)
+    return y if residual is None else (y, x)
+
+
+def rms_norm(x, weight, eps, residual=None):
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467); statistics in float32.
+
+    x (..., C); weight (C,) or None. With `residual` (..., C): gives (norm of x + residual, x + residual).
+    """
+    if residual is not None:
+        x = x + residual
+    y = F.rms_norm(x, x.shape[-1:], _as(weight, x), eps)
+    return y if residual is None else (y, x)
+
+
+def _as(parameter, x):
+    return None if parameter is None else parameter.to(x.dtype)
+
+
+def rotary(q, k, cos, sin, positions=None):
+    """Turn the pairs (x_i, x_{i + D/2}) of every head by its position's angles (arXiv 2104.09864).
+
+    q (B, T, H, D), k (B, T, H_kv, D); cos, sin (N, D/2) for positions 0 to N - 1; positions (T,) or (B, T), 0 to T - 1
+    unless given. Gives new (q, k).
+    """
+    if positions is None:
+        cos, sin = cos[:q.shape[1]], sin[:q.shape[1]]
+    else:
+        cos, sin = cos[positions], sin[positions]                                   # (T, D/2) or (B, T, D/2)
+    cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)         # (..., T, 1, D/2)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def swiglu(gate, up):
+    """silu(gate) · up (arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+def gelu(x, bias=None, approximate="tanh"):
+    """GELU of x + bias (arXiv 1606.08415), by erf ("none") or its tanh approximation."""
+    return F.gelu(x if bias is None else x + bias, approximate=approximate)
+
+
+def squared_relu(x):
+    """max(x, 0)² (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,
+                         reduction="mean"):
+    """Cross-entropy of the logits hidden · weightᵀ, in float32.
+
+    hidden (..., C), weight (V, C), targets (...) int64, those equal to `ignore_index` left out. `softcap` c turns the
+    logits z into c · tanh(z / c). `z_loss` adds z_loss · logsumexp(z)² to each target's loss. `reduction`: "sum",
+    "mean" over the targets that count (0 where none does) or "none", the loss of each target, 0 where ignored.
+    """
+    if reduction not in ("sum", "mean", "none"):
+        raise ValueError(f"reduction {reduction!r} is none of: sum, mean, none")
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits, flat = logits.flatten(0, -2), targets.flatten()
+    losses = F.cross_entropy(logits, flat, ignore_index=ignore_index, label_smoothing=label_smoothing,
+                             reduction="none")
+    if z_loss:
+        losses = losses + z_loss * (logits.logsumexp(-1).square() * (flat != ignore_index))
+    if reduction == "none":
+        return losses.view(targets.shape)
+    return losses.sum() if reduction == "sum" else losses.sum() / (flat != ignore_index).sum().clamp(min=1)

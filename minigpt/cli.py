@@ -1,0 +1,135 @@
+"""The `minigpt` command: every verb a thin call. What a user can mend is one line and exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+from minigpt.config import SamplingParams, field_docs, help_text, load_config
+
+
+def train(argv: list[str] | None = None) -> None:
+    """`train.py CONFIG [--section.key=value ...] [--resume]`"""
+    parser = argparse.ArgumentParser(
+        prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="train.py CONFIG [--section.key=value ...] [--resume]",
+        description="Train a model as a TOML file says (or the config.json of a run).", epilog=help_text())
+    parser.add_argument("config", help="TOML or JSON file, see configs/")
+    parser.add_argument("--resume", action="store_true", help="go on with the run where it was stopped, else begin it")
+    arguments, overrides = parser.parse_known_args(argv)
+    go_on = _command_line(["--resume"])
+    _run(lambda: _train(arguments, overrides, go_on), f"go on with: {go_on}")
+
+
+def _train(arguments, overrides, go_on):
+    config = load_config(arguments.config, overrides)
+    if not config.train.run_dir:
+        run_dir = f"runs/{Path(arguments.config).stem}"
+        if Path(arguments.config).name == "config.json":
+            run_dir = str(Path(arguments.config).parent)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=run_dir))
+    from minigpt import training
+
+    try:
+        print(training.train(config, resume=arguments.resume, say=_say))
+    except training.Interrupted as stopped:
+        print(f"{stopped}\ngo on with: {go_on}", flush=True)
+        sys.exit(stopped.exit_code)
+
+
+def sample(argv: list[str] | None = None) -> None:
+    """`sample.py RUN_OR_CHECKPOINT --prompt TEXT [...]`"""
+    parser = argparse.ArgumentParser(
+        prog="sample.py", allow_abbrev=False, description="Sample text from a run or checkpoint.")
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--prompt", help="text to continue; without it a new document is begun")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many samples (default 1)")
+    parser.add_argument("--stream", action="store_true", help="print text as it is drawn")
+    parser.add_argument("--json", action="store_true", help="one JSON object a sample: prompt and text")
+    parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
+    docs = field_docs(SamplingParams)
+    for field in dataclasses.fields(SamplingParams):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default,
+                            metavar="N", help=f"{docs[field.name]} (default {field.default})".replace("%", "%%"))
+    arguments = parser.parse_args(argv)
+    _run(lambda: _sample(arguments), "stopped")
+
+
+def _sample(arguments):
+    if arguments.num_samples < 1:
+        raise ValueError(f"--num-samples {arguments.num_samples} is too small; the least is 1")
+    if arguments.stream and (arguments.json or arguments.num_samples > 1):
+        raise ValueError("--stream prints one sample as text; leave out --json and --num-samples")
+    params = SamplingParams(**{field.name: getattr(arguments, field.name)
+                               for field in dataclasses.fields(SamplingParams)})
+    from minigpt.engine import load
+
+    run = load(arguments.path, arguments.device)
+    prompt = arguments.prompt
+    if arguments.stream:
+        pieces = run.stream(prompt, params)
+        print(prompt or "", end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    for number, text in enumerate(run.samples(prompt, params, arguments.num_samples)):
+        if arguments.json:
+            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+        else:
+            header = f"--- sample {number + 1} ---\n" if arguments.num_samples > 1 else ""
+            print(f"{header}{prompt or ''}{text}")
+
+
+VERBS = {"train": train, "sample": sample}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`minigpt VERB ...`"""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in VERBS:
+        VERBS[argv[0]](argv[1:])
+        return
+    usage = f"usage: minigpt {{{','.join(VERBS)}}} ...   (minigpt VERB --help tells more)"
+    if argv in (["--help"], ["-h"]):
+        print(usage)
+        return
+    print(usage if not argv else f"error: unknown verb {argv[0]!r}\n{usage}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _run(command, on_interrupt) -> None:
+    """Run a command; a user's error becomes one line and exit code 2, an interrupt `on_interrupt` and 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")   # a terminal that is not UTF-8 shows what it cannot print
+    try:
+        command()
+        sys.stdout.flush()
+    except BrokenPipeError:                             # the reader went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except KeyboardInterrupt:
+        print(f"\n{on_interrupt}", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _say(line):
+    print(line, flush=True)
+
+
+def _command_line(more):
+    """The command that started this process, with `more` behind it."""
+    words = [*sys.argv, *(word for word in more if word not in sys.argv)]
+    if words[0].endswith(".py"):
+        python = sys.executable if not sys.executable.startswith(os.getcwd()) else os.path.relpath(sys.executable)
+        words = [python, *words]
+    return shlex.join(words)

@@ -1,0 +1,412 @@
+"""Every setting of a run: one dataclass a section, one docstring a field, read from TOML and the command line.
+
+`load_config(path, overrides)` reads a TOML file (or the JSON that a run saves), lays `--section.key=value` over it,
+checks names, types and ranges, and gives a `Config`. An absent key means the default that stands here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
+
+
+def setting(default, *, low=None, high=None, choices=None):
+    """A dataclass field with its default and, checked on construction, its inclusive range or its choices."""
+    metadata = {"low": low, "high": high, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section:
+    """Base of the sections: checks the type and the range of every field when a section is made."""
+
+    def __post_init__(self):
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = check_value(field.name, getattr(self, field.name), hints[field.name], field.metadata)
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self):
+        """Raise ValueError where fields contradict one another; the message names the keys."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    path: str = setting("stdlib")
+    """Text to learn from: a UTF-8 file, a folder of such files, or "stdlib", the sources of Python's own library."""
+    val_path: str = setting("")
+    """Text to evaluate on, a file or folder; empty: `val_fraction` of `path` is held out."""
+    val_fraction: float = setting(0.1, low=1e-6, high=0.9)
+    """Part that is held out: whole documents of a folder, or the last part of a single file."""
+    include: list[str] = setting(["*"])
+    """Glob patterns; a folder's files count whose name matches one. Names that start with a dot never count."""
+    order: str = setting("windows", choices=("windows", "documents"))
+    """How an epoch is dealt: "windows" shuffles windows of the whole text, "documents" shuffles documents and packs."""
+    document_mask: bool = setting(False)
+    """Hide packed documents from one another in attention."""
+    cache_dir: str = setting("")
+    """Where tokenizers and shards are kept; empty: `minigpt` in the user's cache directory (XDG_CACHE_HOME)."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig(Section):
+    path: str = setting("")
+    """Directory of a saved tokenizer to use as it is; empty: one is trained on the training text."""
+    kind: str = setting("bpe", choices=("bpe", "bytes"))
+    """"bpe": SentencePiece byte-pair encoding with byte fallback; "bytes": one token a byte."""
+    vocab_size: int = setting(4096, low=262, high=1_000_000)
+    """Tokens of a BPE vocabulary: 5 special ones, 256 bytes, then characters and merges."""
+    sample_bytes: int = setting(64_000_000, low=1000)
+    """Text that a BPE is learnt from, in bytes; of a larger corpus, evenly spread pieces are taken."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    vocab_size: int = setting(0, low=0)
+    """Rows of the token embedding; in a run, 0 takes the tokenizer's size."""
+    context_length: int = setting(256, low=1)
+    """Longest sequence in tokens."""
+    depth: int = setting(4, low=1)
+    """Transformer blocks."""
+    width: int = setting(256, low=1)
+    """Size of the residual stream, C."""
+    num_heads: int = setting(4, low=1)
+    """Query heads, H."""
+    num_kv_heads: int = setting(0, low=0)
+    """Key-value heads, H_kv, a divisor of num_heads (grouped queries); 0: num_heads."""
+    head_size: int = setting(0, low=0)
+    """Size of one head, D; 0: width / num_heads."""
+    mlp: str = setting("squared_relu", choices=("gelu", "swiglu", "squared_relu"))
+    """Feed-forward: GPT-2's tanh-GELU, SwiGLU (arXiv 2002.05202) or squared ReLU (arXiv 2109.08668)."""
+    mlp_width: int = setting(0, low=0)
+    """Hidden size of the feed-forward; 0: 4 width, for swiglu 8/3 width rounded up to a multiple of 32."""
+    norm: str = setting("rms_norm", choices=("layer_norm", "rms_norm"))
+    """Normalisation."""
+    norm_eps: float = setting(1e-5, low=0.0)
+    """Added to the variance before its root."""
+    norm_position: str = setting("pre", choices=("pre", "post"))
+    """Norm before each sub-layer (GPT-2, Llama) or after each residual sum (BERT)."""
+    position: str = setting("rotary", choices=("rotary", "learned", "none"))
+    """Rotary (arXiv 2104.09864), learned absolute, or no positions."""
+    rope_base: float = setting(10000.0, low=1.0)
+    """Base of the rotary frequencies."""
+    rope_scale: float = setting(1.0, low=1e-3)
+    """Rotary positions are divided by this (linear scaling, arXiv 2306.15595)."""
+    qk_norm: bool = setting(True)
+    """RMSNorm of every query and key head (arXiv 2302.05442)."""
+    bias: bool = setting(False)
+    """Biases in linear layers and LayerNorm."""
+    qkv_bias: bool | None = setting(None)
+    """Bias of the query, key and value projections alone; absent: as `bias`."""
+    tied_embeddings: bool = setting(True)
+    """The output head reads the token embedding's weight."""
+    window: int = setting(0, low=0)
+    """Sliding attention window in tokens; 0: the whole context."""
+    dropout: float = setting(0.0, low=0.0, high=0.99)
+    """Dropout of embeddings, attention weights and sub-layer outputs."""
+    init_std: float = setting(0.02, low=0.0)
+    """Standard deviation of initial weights; sub-layer outputs get init_std / sqrt(2 depth)."""
+
+    def check(self):
+        if self.head_size == 0 and self.width % self.num_heads:
+            raise ValueError(f"width = {self.width} is not a multiple of num_heads = {self.num_heads}; "
+                             "change one of them or set head_size")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
+        if self.position == "rotary" and self.D % 2:
+            raise ValueError(f"head_size = {self.D} is odd; rotary positions turn pairs, so make it even")
+
+    @property
+    def D(self) -> int:
+        """Size of one head."""
+        return self.head_size or self.width // self.num_heads
+
+    @property
+    def H_kv(self) -> int:
+        """Number of key-value heads."""
+        return self.num_kv_heads or self.num_heads
+
+
+GPT2 = dict(vocab_size=50257, context_length=1024, mlp="gelu", norm="layer_norm", position="learned", qk_norm=False,
+            bias=True)
+PRESETS = {
+    "tiny": dict(context_length=256, depth=4, width=128, num_heads=4),
+    "small": dict(context_length=512, depth=6, width=256, num_heads=4),
+    "base": dict(context_length=1024, depth=12, width=768, num_heads=12),
+    "gpt2": dict(GPT2, depth=12, width=768, num_heads=12),
+    "gpt2-medium": dict(GPT2, depth=24, width=1024, num_heads=16),
+    "gpt2-large": dict(GPT2, depth=36, width=1280, num_heads=20),
+    "gpt2-xl": dict(GPT2, depth=48, width=1600, num_heads=25),
+}
+"""`[model] preset = NAME` starts from such a row. With a vocabulary of 4096 and of 50257 (GPT-2's) the parameters are:
+tiny 1.3M, small 5.8M, base 88M; gpt2 124M, gpt2-medium 355M, gpt2-large 774M, gpt2-xl 1.56B."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(Section):
+    name: str = setting("causal", choices=("causal", "masked"))
+    """"causal": predict the next token; "masked": predict hidden tokens from both sides (BERT, arXiv 1810.04805)."""
+    mask_probability: float = setting(0.15, low=0.001, high=0.95)
+    """Masked: part of the tokens to predict. Of these 80 % become <mask>, 10 % a random token, 10 % stay."""
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    name: str = setting("muon", choices=("muon", "adamw"))
+    """"muon": Muon for the matrices inside the blocks and AdamW for the rest; "adamw": AdamW for everything."""
+    learning_rate: float = setting(1e-3, low=0.0)
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: float = setting(0.02, low=0.0)
+    """Peak learning rate of Muon."""
+    muon_momentum: float = setting(0.95, low=0.0, high=0.9999)
+    """Nesterov momentum of Muon."""
+    weight_decay: float = setting(0.1, low=0.0)
+    """Decoupled weight decay of matrices under AdamW; vectors have none."""
+    muon_weight_decay: float = setting(0.01, low=0.0)
+    """Decoupled weight decay under Muon."""
+    beta1: float = setting(0.9, low=0.0, high=0.9999)
+    """AdamW's decay of the first moment."""
+    beta2: float = setting(0.95, low=0.0, high=0.99999)
+    """AdamW's decay of the second moment."""
+    eps: float = setting(1e-8, low=0.0)
+    """AdamW's epsilon."""
+    grad_clip: float = setting(1.0, low=0.0)
+    """Largest norm of all gradients together; 0: no clipping."""
+    schedule: str = setting("cosine", choices=("cosine", "wsd"))
+    """After the warm-up: "cosine" falls all the way; "wsd" stays, then falls in a straight line (arXiv 2404.06395)."""
+    warmup_steps: int = setting(20, low=0)
+    """Steps of linear warm-up."""
+    decay_fraction: float = setting(0.3, low=0.0, high=1.0)
+    """wsd: the last part of the steps, over which the rate falls."""
+    final_fraction: float = setting(0.0, low=0.0, high=1.0)
+    """Learning rate at the end, as a part of the peak."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    run_dir: str = setting("")
+    """Where the run is kept; empty: runs/ and the config file's name."""
+    max_steps: int = setting(1000, low=1)
+    """Optimizer steps."""
+    batch_size: int = setting(16, low=1)
+    """Sequences in one forward and backward pass (micro-batch)."""
+    accumulation_steps: int = setting(1, low=1)
+    """Micro-batches in one optimizer step."""
+    seed: int = setting(1, low=0, high=2**62)
+    """Seed of the weights, the order of the data, masks and dropout."""
+    device: str = setting("auto")
+    """"auto" (CUDA where there is one, else the CPU) or a torch device name."""
+    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16", "float16"))
+    """Precision of matrix products (weights stay float32). "auto": bfloat16 where the GPU has it, else float16 with a
+    loss scaler; on a CPU bfloat16 only where a short probe finds it faster."""
+    kernels: str = setting("auto", choices=("auto", "triton", "reference"))
+    """Which implementation of the ops to use; "auto" takes what runs here."""
+    compile: bool = setting(False)
+    """torch.compile the model; where that fails the run goes on without it and says so."""
+    eval_every: int = setting(250, low=1)
+    """Steps between evaluations on the whole held-out text; the last step is always evaluated."""
+    checkpoint_every: int = setting(250, low=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = setting(2, low=1)
+    """Newest checkpoints that are kept."""
+    keep_best: bool = setting(True)
+    """Also save at, and keep, the evaluation with the lowest validation loss."""
+    early_stopping: int = setting(0, low=0)
+    """Stop after so many evaluations in a row without a lower validation loss; 0: never."""
+    log_every: int = setting(10, low=1)
+    """Steps between lines of metrics.jsonl."""
+    sample_prompts: list[str] = setting([])
+    """Prompts that are continued at every evaluation, into samples.jsonl (causal models)."""
+    sample_tokens: int = setting(64, low=1)
+    """Length of those samples in tokens."""
+    max_bad_steps: int = setting(5, low=1)
+    """Steps in a row with a loss or gradient that is not finite, all skipped, after which the run stops."""
+
+
+@dataclass(frozen=True)
+class SamplingParams(Section):
+    """How text is sampled; `sample.py` has a flag for each. In the order in which they are applied to the logits."""
+
+    max_new_tokens: int = setting(128, low=1)
+    """Longest continuation in tokens."""
+    repetition_penalty: float = setting(1.0, low=1e-3)
+    """Divides positive and multiplies negative logits of tokens that already stand in prompt or text; 1 is off."""
+    temperature: float = setting(0.8, low=0.0)
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = setting(0, low=0)
+    """Sample from the k likeliest tokens (all that tie with the last of them); 0 is off."""
+    top_p: float = setting(0.95, low=0.0, high=1.0)
+    """Nucleus: sample from the fewest tokens whose probabilities reach top_p; 1 is off."""
+    seed: int = setting(0, low=0, high=2**62)
+    """Seed of the draws; row i of several samples draws from (seed, i)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Config)}
+
+
+def check_value(key, value, hint, metadata):
+    """The value as the field's type; ValueError names the key, what it got and what it takes."""
+    if hint == list[str]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{key} takes a list of strings, not {value!r}")
+        return value
+    kinds = get_args(hint) or (hint,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) not in kinds:
+        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+        raise ValueError(f"{key} takes {' or '.join(names[kind] for kind in kinds if kind is not NoneType)}, "
+                         f"not {value!r}")
+    low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{key} = {value!r} is none of: {', '.join(choices)}")
+    if isinstance(value, float) and value != value:
+        raise ValueError(f"{key} = nan is not a number")
+    if low is not None and value is not None and value < low:
+        raise ValueError(f"{key} = {value} is too small; the least is {low}")
+    if high is not None and value is not None and value > high:
+        raise ValueError(f"{key} = {value} is too large; the most is {high}")
+    return value
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read TOML or JSON from `path`, lay `--section.key=value` overrides over it and give the checked Config.
+
+    Raises ValueError with file, line and key for a file that does not parse, an unknown key (the nearest known one is
+    named), a wrong type or a value out of range; FileNotFoundError where there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(path), map(str, Path("configs").glob("*.toml")), n=1)
+        raise FileNotFoundError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        text = path.read_bytes().decode("utf-8")
+        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: holds no sections; a run's config.json is one object of objects")
+    places = {}
+    for section, values in tree.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {section} stands outside a section; sections are [{'], ['.join(SECTIONS)}]")
+        places |= {(section, key): f"{path}{_line_of(text, section, key)}: " for key in values}
+    for override in overrides:
+        section, key, value = _parse_override(override)
+        tree.setdefault(section, {})[key] = value
+        places[section, key] = "command line: "
+    return make_config(tree, places)
+
+
+def make_config(tree: dict[str, dict], places: dict[tuple[str, str], str] = {}) -> Config:
+    """The Config of a dictionary of sections. `places` says where each (section, key) was written, for messages."""
+    sections = {}
+    for section, values in tree.items():
+        values = dict(values)
+        if section not in SECTIONS:
+            where = next((place for (name, _), place in places.items() if name == section), "")
+            raise ValueError(f"{where}unknown section [{section}]{_nearest(section, SECTIONS)}")
+        if section == "model" and "preset" in values:
+            values = _preset(values, places.get((section, "preset"), ""))
+        hints = get_type_hints(SECTIONS[section])
+        fields = {field.name: field for field in dataclasses.fields(SECTIONS[section])}
+        for key, value in values.items():
+            place = places.get((section, key), "")
+            if key not in fields:
+                raise ValueError(f"{place}unknown key {section}.{key}{_nearest(key, fields)}")
+            try:
+                values[key] = check_value(f"{section}.{key}", value, hints[key], fields[key].metadata)
+            except ValueError as error:
+                raise ValueError(f"{place}{error}") from None
+        try:
+            sections[section] = SECTIONS[section](**values)
+        except ValueError as error:
+            files = sorted({place for (name, _), place in places.items() if name == section})
+            where = files[0].split(":")[0] + ": " if files else ""
+            raise ValueError(f"{where}[{section}] {error}") from None
+    return Config(**sections)
+
+
+def _preset(values, place):
+    name = values.pop("preset")
+    if name not in PRESETS:
+        raise ValueError(f"{place}unknown preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name] | values
+
+
+def _nearest(name, known):
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def _line_of(text, section, key):
+    """":N", the line of a key in a TOML text, or nothing where it is written in some other way."""
+    inside = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
+            inside = header[1] == section
+        elif inside and re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line):
+            return f":{number}"
+    return ""
+
+
+def _parse_override(text):
+    match = re.fullmatch(r"--(\w+)\.(\w+)=(.*)", text, re.DOTALL)
+    if not match:
+        near = re.fullmatch(r"--(\w+)\.([\w-]+)", text)
+        mend = f"write it as {text}=VALUE" if near else "settings are written --section.key=value"
+        raise ValueError(f"command line: {text!r} is not understood; {mend}")
+    section, key, value = match.groups()
+    field = {f.name: f for f in dataclasses.fields(SECTIONS[section])}.get(key) if section in SECTIONS else None
+    if field is not None and get_type_hints(SECTIONS[section])[key] is str:
+        return section, key, value
+    try:
+        return section, key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return section, key, value
+
+
+def field_docs(section: type[Section]) -> dict[str, str]:
+    """{field: the docstring under it}, read from this file."""
+    tree = ast.parse(Path(__file__).read_text("utf-8"))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
+    return {field.target.id: " ".join(docstring.value.value.split()) for field, docstring in pairwise(body)
+            if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr)}
+
+
+def help_text() -> str:
+    """Every key of a config with its default and its docstring."""
+    lines = []
+    for section, factory in SECTIONS.items():
+        lines.append(f"\n[{section}]")
+        defaults = factory()
+        for key, text in field_docs(factory).items():
+            lines.append(f"  --{section}.{key}={json.dumps(getattr(defaults, key))}\n        {text}")
+    return "\n".join(lines)

@@ -1,0 +1,288 @@
+"""Text to token shards to batches, with an exact position.
+
+    dataset = prepare(config.data, config.tokenizer)        # cached by content; trains the tokenizer where needed
+    dealer = Dealer(dataset.train, context_length, extra=1, order="windows", seed=1)
+    tokens = dealer.rows(first=0, count=16)                 # (16, T + 1); row n is a function of the seed and n alone
+
+The position in the data is one number, the rows dealt so far, so saving it is exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from minigpt.config import DataConfig, TokenizerConfig
+from minigpt.corpus import Corpus, Document, open_corpus
+from minigpt.files import sha256_of, write_durably
+from minigpt.tokenizer import Tokenizer
+
+SHARD_TOKENS = 1 << 26
+ENCODE_BYTES = 1 << 22
+"""Text that is tokenized at a time: enough to keep every core busy, little enough for memory."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split's tokens, memory-mapped. Every document begins with <s>."""
+
+    shards: list[np.memmap]
+    documents: np.ndarray
+    """(number of documents,) the token offset where each begins."""
+    num_bytes: int
+    """UTF-8 bytes of the raw text."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "_starts", np.cumsum([0, *map(len, self.shards)]))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64, across shards."""
+        parts = []
+        for shard, (first, last) in zip(self.shards, pairwise(self._starts)):
+            if start < last and stop > first:
+                parts.append(shard[max(0, start - first):stop - first].astype(np.int64))
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    directory: Path
+    name: str
+    tokenizer: Tokenizer
+    train: Split
+    val: Split
+
+
+def cache_directory(configured: str = "") -> Path:
+    """`configured`, or `minigpt` in the user's cache directory."""
+    return Path(configured or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt").expanduser()
+
+
+def prepare(data: DataConfig, tokenizer: TokenizerConfig, say=lambda line: None) -> Dataset:
+    """The shards of a corpus, made at the first call and found in the cache by content after that.
+
+    `say` is told, a line each, what takes time. Raises ValueError or FileNotFoundError naming the file at fault.
+    """
+    corpus = open_corpus(data.path, include=data.include, val_path=data.val_path, val_fraction=data.val_fraction)
+    cache = cache_directory(data.cache_dir)
+    content = corpus.fingerprint()
+    trained = _tokenizer(corpus, content, tokenizer, cache, say)
+    directory = cache / "shards" / _key(FORMAT, content, trained.fingerprint)
+    try:
+        return _open(directory, corpus.name, trained)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        say(f"{error}; making the shards again")
+    say(f"tokenizing {sum(d.end - d.start for d in corpus.train + corpus.val) / 1e6:.1f} MB of {corpus.name}")
+    _write_shards(corpus, trained, directory)
+    return _open(directory, corpus.name, trained)
+
+
+def _key(*parts):
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _tokenizer(corpus, content, config, cache, say):
+    if config.path:
+        return Tokenizer.load(config.path)
+    if config.kind == "bytes":
+        return Tokenizer.train((), kind="bytes")
+    directory = cache / "tokenizers" / _key(FORMAT, content, config.kind, config.vocab_size, config.sample_bytes)
+    try:
+        return Tokenizer.load(directory)
+    except (FileNotFoundError, ValueError):
+        say(f"training a tokenizer of {config.vocab_size} tokens on {corpus.name}")
+    trained = Tokenizer.train(_sample(corpus.train, config.sample_bytes), vocab_size=config.vocab_size)
+    with _finished(directory) as unfinished:
+        trained.save(unfinished)
+    return trained
+
+
+def _sample(documents: tuple[Document, ...], most: int) -> Iterator[str]:
+    """All text, or, of more than `most` bytes, pieces evenly spread over it."""
+    part = min(1.0, most / sum(document.end - document.start for document in documents))
+    due = 0.0
+    for document in documents:
+        for piece in document.pieces():
+            due += part
+            if due >= 1 - 1e-9:
+                due -= 1
+                yield piece
+
+
+class _finished:
+    """A directory that appears under its name only when the block has ended well."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
+
+    def __enter__(self):
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir(parents=True)
+        return self.unfinished
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.replace(self.unfinished, self.directory)
+        else:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+
+
+def _write_shards(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    with _finished(directory) as unfinished:
+        index = {"format": FORMAT, "dtype": dtype.name, "byte_order": "little", "tokenizer": tokenizer.fingerprint,
+                 "vocab_size": tokenizer.vocab_size, "splits": {}}
+        for split, documents in (("train", corpus.train), ("val", corpus.val)):
+            index["splits"][split] = _write_split(documents, tokenizer, dtype, unfinished, split)
+        write_durably(unfinished / "index.json", json.dumps(index).encode())
+
+
+def _write_split(documents, tokenizer, dtype, directory, split):
+    shards, starts, total = [], [], 0
+    file = None
+    for starts_document, ids in _encoded(documents, tokenizer):
+        tokens = np.array([tokenizer.document_start] * starts_document + ids, dtype)
+        if starts_document:
+            starts.append(total)
+        total += len(tokens)
+        while len(tokens):
+            if file is None:
+                shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0})
+                file, digest = open(directory / shards[-1]["file"], "wb"), hashlib.sha256()
+            room = SHARD_TOKENS - shards[-1]["tokens"]
+            block = tokens[:room].tobytes()
+            file.write(block)
+            digest.update(block)
+            shards[-1]["tokens"] += min(room, len(tokens))
+            shards[-1]["sha256"] = digest.hexdigest()
+            tokens = tokens[room:]
+            if shards[-1]["tokens"] == SHARD_TOKENS:
+                file.close()
+                file = None
+    if file is not None:
+        file.close()
+    return {"tokens": total, "bytes": sum(d.end - d.start for d in documents), "documents": starts, "shards": shards}
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[bool, list[int]]]:
+    """(whether a document starts here, ids) for each piece of text, encoded a few megabytes at a time on every core."""
+    pieces, size = [], 0
+    for document in documents:
+        for number, piece in enumerate(document.pieces()):
+            pieces.append((number == 0, piece))
+            size += len(piece)
+            if size >= ENCODE_BYTES:
+                yield from zip([first for first, _ in pieces], tokenizer.encode_batch([text for _, text in pieces]))
+                pieces, size = [], 0
+    yield from zip([first for first, _ in pieces], tokenizer.encode_batch([text for _, text in pieces]))
+
+
+def _open(directory: Path, name: str, tokenizer: Tokenizer) -> Dataset:
+    path = directory / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no shards in {directory}")
+    try:
+        index = json.loads(path.read_text("utf-8"))
+        splits = {split: _open_split(directory, index, index["splits"][split]) for split in ("train", "val")}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r})") from None
+    return Dataset(directory, name, tokenizer, **splits)
+
+
+def _open_split(directory, index, split):
+    dtype = np.dtype(index["dtype"]).newbyteorder("<")
+    shards = []
+    for shard in split["shards"]:
+        path = directory / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["tokens"] * dtype.itemsize:
+            raise ValueError(f"{path} is missing or has the wrong size")
+        if sha256_of(path) != shard["sha256"]:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one in index.json")
+        shards.append(np.memmap(path, dtype, "r"))
+    return Split(shards, np.array(split["documents"], np.int64), split["bytes"])
+
+
+class Dealer:
+    """Deals training rows of T + `extra` tokens in an order that is a function of the seed.
+
+    Row n belongs to epoch n // rows_per_epoch. With order "windows" an epoch cuts the whole text at a random offset
+    into windows that share their first token with the last of the one before, and shuffles them; with "documents" it
+    shuffles the documents, strings them together and cuts that.
+    """
+
+    def __init__(self, split: Split, length: int, *, extra: int, order: str, seed: int):
+        usable = len(split) - extra
+        if usable < length:
+            raise ValueError(f"the text has {len(split)} tokens, fewer than one context of {length + extra}; "
+                             "give more text or a smaller model.context_length")
+        self.split, self.length, self.extra, self.order, self.seed = split, length, extra, order, seed
+        whole_rows = usable // length if order == "documents" else (usable - length + 1) // length
+        self.rows_per_epoch = max(1, whole_rows)                # windows: as many as fit at every offset
+        self._offsets = min(length, usable - self.rows_per_epoch * length + 1)
+        self._epoch = None
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Rows first to first + count - 1, (count, T + extra) int64."""
+        return np.stack([self._row(number) for number in range(first, first + count)])
+
+    def _row(self, number):
+        epoch, row = divmod(number, self.rows_per_epoch)
+        if epoch != self._epoch:
+            self._deal(epoch)
+        if self.order == "windows":
+            start = self._offset + int(self._windows[row]) * self.length
+            return self.split.read(start, start + self.length + self.extra)
+        return self._read_documents(row * self.length, row * self.length + self.length + self.extra)
+
+    def _deal(self, epoch):
+        random = np.random.default_rng([self.seed, epoch])
+        if self.order == "windows":
+            self._offset = int(random.integers(self._offsets))
+            self._windows = random.permutation(self.rows_per_epoch)
+        else:
+            ends = np.append(self.split.documents[1:], len(self.split))
+            order = random.permutation(len(ends))
+            self._firsts = self.split.documents[order]
+            self._stops = np.cumsum((ends - self.split.documents)[order])
+        self._epoch = epoch
+
+    def _read_documents(self, start, stop):
+        parts = []
+        document = int(np.searchsorted(self._stops, start, "right"))
+        while start < stop:
+            end = min(stop, int(self._stops[document]))
+            shift = int(self._firsts[document]) - (int(self._stops[document - 1]) if document else 0)
+            parts.append(self.split.read(start + shift, end + shift))
+            start, document = end, document + 1
+        return np.concatenate(parts)
+
+
+def in_order(split: Split, length: int, extra: int, batch_size: int, pad: int) -> Iterator[np.ndarray]:
+    """The whole split from front to back, (B, T + extra); each token stands in one row (the overlap of `extra` aside).
+
+    The last row is filled up with `pad`.
+    """
+    starts = range(0, max(1, len(split) - extra), length)
+    for first in range(0, len(starts), batch_size):
+        batch = starts[first:first + batch_size]
+        rows = np.full((len(batch), length + extra), pad, np.int64)
+        for row, start in zip(rows, batch):
+            tokens = split.read(start, start + length + extra)
+            row[:len(tokens)] = tokens
+        yield rows

@@ -1,0 +1,138 @@
+"""Text from a model: a key-value cache, prefill, decoding, and `load`, which opens a run or checkpoint.
+
+    run = minigpt.load("runs/quickstart")
+    text = run.generate("def main(", SamplingParams(temperature=0.8, seed=1))
+    for piece in run.stream("def main("): print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minigpt import checkpoint, sampling
+from minigpt.config import Config, ModelConfig, SamplingParams
+from minigpt.model import GPT
+from minigpt.tokenizer import END_TOKENS, FIRST_BYTE, Tokenizer
+
+
+class KVCache:
+    """Keys and values of the tokens so far, allocated once: (depth, B, S, H_kv, D)."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.depth, batch, length, config.H_kv, config.D)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's k, v (B, T, H_kv, D) behind the tokens so far; gives all of them, (B, S, H_kv, D).
+
+        The model adds T to `length` when every layer has stored its own.
+        """
+        end = self.length + k.shape[1]
+        self.keys[layer, :, self.length:end] = k
+        self.values[layer, :, self.length:end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+@torch.inference_mode()
+def decode(model: GPT, prompt: list[int], params: SamplingParams, num_rows: int = 1,
+           first_row: int = 0) -> Iterator[torch.Tensor]:
+    """Continue one prompt `num_rows` times: yields the rows' next tokens, (B,) int64, max_new_tokens times.
+
+    Row i draws from a generator seeded by (seed, first_row + i). Special tokens other than the two that end a
+    document are never drawn. When the context is full, its second half is read again as a new beginning.
+    """
+    config, device = model.config, model.embedding.weight.device
+    generators = [torch.Generator(device).manual_seed(_mixed(params.seed, first_row + row)) for row in range(num_rows)]
+    never = torch.tensor([token not in END_TOKENS for token in range(FIRST_BYTE)], device=device)
+    everything = torch.tensor([prompt] * num_rows, device=device)                           # (B, T)
+    fresh, cache = everything[:, -config.context_length:], None
+    for _ in range(params.max_new_tokens):
+        if cache is None or cache.length + fresh.shape[1] > config.context_length:
+            if cache is not None:
+                fresh = everything[:, -(config.context_length // 2 + 1):]
+            length = min(config.context_length, fresh.shape[1] + params.max_new_tokens)
+            cache = KVCache(config, num_rows, length, device, model.embedding.weight.dtype)
+        hidden = model.hidden(fresh, cache=cache)[:, -1]                                    # (B, C)
+        logits = model.head(hidden).float()
+        logits[:, :FIRST_BYTE].masked_fill_(never, -torch.inf)
+        following = sampling.sample(logits, everything, params, generators)
+        yield following
+        fresh = following[:, None]
+        everything = torch.cat((everything, fresh), dim=1)
+
+
+def _mixed(*numbers):
+    """One 64-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class Run:
+    """A checkpoint, opened: `model`, `tokenizer`, `config`, and text from them."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, config: Config, path: Path):
+        self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
+
+    def generate(self, prompts: str | list[str] | None, params: SamplingParams = SamplingParams()) -> str | list[str]:
+        """The continuation of a prompt, or, of a list, one for each.
+
+        None starts a new document. Prompt i of a list draws from (seed, i). Raises ValueError for an empty prompt
+        and for a model that was not trained to continue text.
+        """
+        if isinstance(prompts, list):
+            return ["".join(self.stream(prompt, params, row)) for row, prompt in enumerate(prompts)]
+        return "".join(self.stream(prompts, params))
+
+    def stream(self, prompt: str | None, params: SamplingParams = SamplingParams(), row: int = 0) -> Iterator[str]:
+        """The continuation in pieces, as it is drawn; a piece never ends within a character."""
+        ids = self.encode_prompt(prompt)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for following in decode(self.model, ids, params, first_row=row):
+            token = int(following)
+            if token < FIRST_BYTE:
+                break
+            if piece := decoder.decode(self.tokenizer.token_bytes[token]):
+                yield piece
+        if piece := decoder.decode(b"", final=True):
+            yield piece
+
+    def samples(self, prompt: str | None, params: SamplingParams, number: int) -> list[str]:
+        """`number` continuations of one prompt, decoded as one batch; sample i equals row i of `stream`."""
+        ids = self.encode_prompt(prompt)
+        rows, ended = [[] for _ in range(number)], [False] * number
+        for following in decode(self.model, ids, params, num_rows=number):
+            for row, token in enumerate(following.tolist()):
+                ended[row] = ended[row] or token < FIRST_BYTE
+                if not ended[row]:
+                    rows[row].append(token)
+            if all(ended):
+                break
+        return [self.tokenizer.decode(row) for row in rows]
+
+    def encode_prompt(self, prompt: str | None) -> list[int]:
+        """<s> and the prompt's ids."""
+        if self.config.objective.name != "causal":
+            raise ValueError(f"{self.path}: trained with the objective {self.config.objective.name!r}, so it cannot "
+                             "continue text; sample from a causal model")
+        if prompt == "":
+            raise ValueError("the prompt is empty; give some text, or none at all to start a new document")
+        return [self.tokenizer.document_start, *(self.tokenizer.encode(prompt) if prompt is not None else ())]
+
+
+def load(path: str | Path, device: str | torch.device | None = None) -> Run:
+    """Open a run (its newest valid checkpoint) or a checkpoint directory, checked byte by byte.
+
+    `device`: CUDA where there is one, else the CPU, unless given. Raises FileNotFoundError or ValueError naming what
+    is missing or damaged.
+    """
+    found = checkpoint.find(path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = GPT(found.config.model).to(device).eval()
+    found.load_model(model)
+    return Run(model, found.tokenizer, found.config, found.path)

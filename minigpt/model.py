@@ -1,0 +1,270 @@
+"""The transformer: GPT-2, Llama-like and BERT-like models from one set of parts, picked by the config alone.
+
+Legend: B batch, T query length, S key length (cached ones included), H query heads, H_kv key-value heads, D head size,
+C width, V vocabulary. Every op that has a kernel goes through `kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+from minigpt.config import ModelConfig
+
+
+class LayerNorm(nn.Module):
+    """With a residual: gives the norm of the sum and the sum, from one pass."""
+
+    def __init__(self, config, size=None):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(size or config.width))
+        self.bias = nn.Parameter(torch.zeros(size or config.width)) if config.bias else None
+
+    def forward(self, x, residual=None):
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
+
+
+class RMSNorm(nn.Module):
+    """With a residual: gives the norm of the sum and the sum, from one pass."""
+
+    def __init__(self, config, size=None):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(size or config.width))
+
+    def forward(self, x, residual=None):
+        return kernels.rms_norm(x, self.weight, self.eps, residual)
+
+
+class NoNorm(nn.Module):
+    """Gives x and the residual as they are."""
+
+    def forward(self, x, residual):
+        return x, residual
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x)))"""
+
+    default_ratio = 4.0
+
+    def __init__(self, config, width):
+        super().__init__()
+        self.up = nn.Linear(config.width, width, bias=config.bias)
+        self.down = nn.Linear(width, config.width, bias=config.bias)
+
+    def forward(self, x):
+        return self.down(kernels.gelu(F.linear(x, self.up.weight), self.up.bias, approximate="tanh"))
+
+
+class SquaredReluMLP(GeluMLP):
+    """down(max(up(x), 0)²)"""
+
+    def forward(self, x):
+        return self.down(kernels.squared_relu(self.up(x)))
+
+
+class SwigluMLP(nn.Module):
+    """down(silu(gate(x)) · up(x))"""
+
+    default_ratio = 8 / 3
+
+    def __init__(self, config, width):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * width, bias=config.bias)
+        self.down = nn.Linear(width, config.width, bias=config.bias)
+
+    def forward(self, x):
+        return self.down(kernels.swiglu(*self.gate_up(x).chunk(2, dim=-1)))
+
+
+class NoPositions(nn.Module):
+    """Adds nothing to the embedding and turns no query or key."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def add(self, x, positions):
+        return x
+
+    def rotate(self, q, k, positions):
+        return q, k
+
+
+class LearnedPositions(NoPositions):
+    """A learned vector for each position, added to the embedding."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.context_length, config.width)
+
+    def add(self, x, positions):
+        return x + self.embedding(positions)
+
+
+class RotaryPositions(NoPositions):
+    """Turns pairs of query and key components by an angle that grows with the position."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        inverse = config.rope_base ** (-torch.arange(0, config.D, 2, dtype=torch.float64) / config.D)   # (D/2,)
+        angles = torch.arange(config.context_length, dtype=torch.float64)[:, None] / config.rope_scale * inverse
+        self.register_buffer("cos", angles.cos().float(), persistent=False)                            # (T_max, D/2)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def rotate(self, q, k, positions):
+        return kernels.rotary(q, k, self.cos, self.sin, positions)
+
+
+NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+MLPS = {"gelu": GeluMLP, "swiglu": SwigluMLP, "squared_relu": SquaredReluMLP}
+POSITIONS = {"none": NoPositions, "learned": LearnedPositions, "rotary": RotaryPositions}
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values, from one fused projection."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.D = layer, config.D
+        self.heads = [config.num_heads, config.H_kv, config.H_kv]
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.qkv = nn.Linear(config.width, sum(self.heads) * config.D, bias=qkv_bias)
+        self.out = nn.Linear(config.num_heads * config.D, config.width, bias=config.bias)
+        self.q_norm = RMSNorm(config, config.D) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config, config.D) if config.qk_norm else nn.Identity()
+        self.window = config.window or None
+        self.dropout = config.dropout
+
+    def forward(self, x, rotate, positions, causal, document_ids, cache):
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.D)).split(self.heads, dim=-2)    # (B, T, H or H_kv, D)
+        q, k = rotate(self.q_norm(q), self.k_norm(k), positions)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)                                      # (B, S, H_kv, D)
+        y = kernels.attention(q, k, v, causal=causal, window=self.window, document_ids=document_ids,
+                              dropout_p=self.dropout if self.training else 0.0)        # (B, T, H, D)
+        return self.out(y.flatten(-2))                                                 # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention and MLP with the norm before each. Takes and gives (x, residual), whose sum is the residual stream."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        mlp = MLPS[config.mlp]
+        hidden = config.mlp_width or 32 * math.ceil(mlp.default_ratio * config.width / 32)
+        self.attention_norm = NORMS[config.norm](config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = NORMS[config.norm](config)
+        self.mlp = mlp(config, hidden)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, residual, *context):
+        x, residual = self.attention_norm(x, residual)
+        x = self.dropout(self.attention(x, *context))
+        x, residual = self.mlp_norm(x, residual)
+        return self.dropout(self.mlp(x)), residual
+
+
+class PostNormBlock(Block):
+    """Attention and MLP with the norm after each residual sum. x is the residual stream, `residual` passes by."""
+
+    def forward(self, x, residual, *context):
+        x, _ = self.attention_norm(self.dropout(self.attention(x, *context)), x)
+        x, _ = self.mlp_norm(self.dropout(self.mlp(x)), x)
+        return x, residual
+
+
+BLOCKS = {"pre": Block, "post": PostNormBlock}
+
+
+class GPT(nn.Module):
+    """A decoder transformer, or with `causal=False` an encoder.
+
+    `model(tokens)` takes (B, T) int64 and gives logits (B, T, V) in float32; `model.hidden` gives what the head reads,
+    for the fused loss. Initial weights are normal with `init_std` (GPT-2's scheme), drawn from torch's generator.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("model.vocab_size is 0; give the tokenizer's vocab_size")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positions = POSITIONS[config.position](config)
+        self.blocks = nn.ModuleList(BLOCKS[config.norm_position](config, layer) for layer in range(config.depth))
+        self.final_norm = NORMS[config.norm](config) if config.norm_position == "pre" else NoNorm()
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+        self.dropout = nn.Dropout(config.dropout)
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self):
+        std = self.config.init_std
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                is_output = name.endswith((".out", ".down"))
+                module.weight.normal_(0.0, std / math.sqrt(2 * self.config.depth) if is_output else std)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0.0, std)
+
+    def hidden(self, tokens, *, causal=True, document_ids=None, token_types=None, positions=None, cache=None):
+        """(B, T) tokens to (B, T, C), normalised, ready for the head.
+
+        `document_ids` (B, T) hides documents from one another; `positions` (T,) or (B, T) are 0 to T - 1 unless
+        given; with a `cache` (see `engine.KVCache`) the tokens go on where it ends.
+        """
+        if positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        if token_types is not None:
+            raise ValueError("this model has no token types")
+        x = self.dropout(self.positions.add(self.embedding(tokens), positions))
+        residual = torch.zeros_like(x)
+        for block in self.blocks:
+            x, residual = block(x, residual, self.positions.rotate, positions, causal, document_ids, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.final_norm(x, residual)[0]
+
+    def forward(self, tokens, **context):
+        return self.head(self.hidden(tokens, **context)).float()
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, context_length: int | None = None) -> float:
+        """Floating-point operations of a forward and backward pass per token: 6 N + 12 · depth · H · D · T.
+
+        N are the weights that multiply activations: all but the embeddings, and the head (arXiv 2204.02311,
+        appendix B). Causal attention is counted in full.
+        """
+        config = self.config
+        embeddings = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Embedding))
+        head = self.head.weight.numel()
+        N = self.num_parameters - embeddings + (head if config.tied_embeddings else 0)
+        return 6 * N + 12 * config.depth * config.num_heads * config.D * (context_length or config.context_length)
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12,
+              "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+"""Dense 16-bit peaks from the vendors' data sheets, in FLOP/s."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The data sheet's 16-bit peak of a GPU, None where it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

@@ -1,0 +1,49 @@
+"""One live line on a terminal; plain lines, now and then, where the output is a file or a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+PLAIN_SECONDS = 10.0
+LIVE_SECONDS = 0.1
+
+
+class Progress:
+    """`update` shows where a run is; `say` prints a line that stays."""
+
+    def __init__(self, first_step: int, max_steps: int, out=None):
+        self.out = out or sys.stdout
+        self.live = self.out.isatty()
+        self.first_step, self.max_steps = first_step, max_steps
+        self.began = self.shown = time.monotonic()
+        self.width = 0
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        now = time.monotonic()
+        last = step == self.max_steps
+        if now - self.shown < (LIVE_SECONDS if self.live else PLAIN_SECONDS) and not last:
+            return
+        self.shown = now
+        left = (self.max_steps - step) * (now - self.began) / max(1, step - self.first_step)
+        line = (f"step {step}/{self.max_steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
+                f"{duration(left)} left")
+        if self.live:
+            self.out.write("\r" + line.ljust(self.width))
+            self.width = len(line)
+        else:
+            self.out.write(line + "\n")
+        self.out.flush()
+
+    def say(self, line: str) -> None:
+        clear = "\r" + " " * self.width + "\r" if self.live and self.width else ""
+        self.width = 0
+        self.out.write(f"{clear}{line}\n")
+        self.out.flush()
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss, or m:ss under an hour."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,209 @@
+"""Text to token ids and back, without loss: SentencePiece BPE with byte fallback, and plain bytes.
+
+Ids 0 to 4 are the special tokens, ids 5 to 260 the 256 bytes; a BPE vocabulary goes on with characters and merges.
+Special tokens never come out of plain text. `decode` joins the bytes that every id stands for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+
+SPECIAL_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<mask>": 4}
+"""<s> starts a document and so also ends the one before it; </s> ends a segment; <unk> is never produced."""
+END_TOKENS = (SPECIAL_TOKENS["<s>"], SPECIAL_TOKENS["</s>"])
+"""Either of these, sampled, ends a text."""
+FIRST_BYTE = len(SPECIAL_TOKENS)
+MIN_VOCAB_SIZE = FIRST_BYTE + 256 + 1
+SPACE = "\u2581"
+"""SentencePiece writes a space as this character, so the character itself is encoded as its three bytes."""
+RESERVED = re.compile("[\0\t\u2581\u2585]")
+"""SentencePiece's trainer drops or splits texts with these; it is given the text between them."""
+MAX_ENCODE_CHARS = 1 << 20
+"""Longer texts are encoded in pieces of this many characters, cut after a newline where one is near."""
+
+
+class Tokenizer:
+    """A trained tokenizer: make one with `Tokenizer.train` or `Tokenizer.load`.
+
+    Attributes: `kind` ("bpe" or "bytes"), `vocab_size`, `special_tokens` {name: id}, `fingerprint` (SHA-256 in
+    hexadecimal of what decides every encoding), `token_bytes` (for each id the bytes it stands for, empty for
+    special tokens).
+    """
+
+    def __init__(self, kind: str, model: bytes = b""):
+        self.kind = kind
+        self.special_tokens = dict(SPECIAL_TOKENS)
+        self.document_start = SPECIAL_TOKENS["<s>"]
+        self._model = model
+        self.fingerprint = hashlib.sha256(kind.encode() + b"\0" + model).hexdigest()
+        single_bytes = [bytes([value]) for value in range(256)]
+        if kind == "bytes":
+            self.token_bytes = [b""] * FIRST_BYTE + single_bytes
+        elif kind == "bpe":
+            self._processor = _processor(model)
+            pieces = map(self._processor.id_to_piece, range(FIRST_BYTE + 256, self._processor.get_piece_size()))
+            self.token_bytes = [b""] * FIRST_BYTE + single_bytes
+            self.token_bytes += [piece.replace(SPACE, " ").encode() for piece in pieces]
+        else:
+            raise ValueError(f"tokenizer kind {kind!r} is none of: bpe, bytes")
+        self.vocab_size = len(self.token_bytes)
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int = 4096, kind: str = "bpe") -> Tokenizer:
+        """Learn a vocabulary of exactly `vocab_size` ids from whole documents (kind "bytes" learns nothing).
+
+        Byte-pair encoding (arXiv 1508.07909) within words, a word being a run of non-spaces with the space before
+        it, or a run of spaces; newlines and scripts do not split a word. Raises ValueError where `vocab_size` is out
+        of the range that the text allows, with that range.
+        """
+        if kind == "bytes":
+            return cls("bytes")
+        if kind != "bpe":
+            raise ValueError(f"tokenizer kind {kind!r} is none of: bpe, bytes")
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(f"vocab_size = {vocab_size} is too small; the least is {MIN_VOCAB_SIZE} "
+                             f"({FIRST_BYTE} special tokens, 256 bytes and one character)")
+        texts = [part for document in documents for part in RESERVED.split(_valid(document)) if part]
+        characters = Counter()
+        for text in texts:
+            characters.update(text)
+        if not characters:
+            raise ValueError("the tokenizer's training text is empty")
+        model = _train_sentencepiece(texts, vocab_size, _coverage(characters, vocab_size))
+        tokenizer = cls("bpe", model)
+        if tokenizer.vocab_size < vocab_size:
+            raise ValueError(f"vocab_size = {vocab_size} is too large for this text of {sum(characters.values())} "
+                             f"characters; possible are {MIN_VOCAB_SIZE} to {tokenizer.vocab_size}")
+        return tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; `decode` gives the very same text back. A lone surrogate raises ValueError."""
+        return self.encode_batch([text], num_threads=1)[0]
+
+    def encode_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
+        """The ids of each text, on `num_threads` threads (0: every core)."""
+        if self.kind == "bytes":
+            return [[byte + FIRST_BYTE for byte in _valid(text).encode()] for text in texts]
+        num_threads = num_threads or os.cpu_count()
+        if any(len(text) > MAX_ENCODE_CHARS or SPACE in text for text in texts):
+            return [self._encode_in_parts(text, num_threads) for text in texts]
+        try:
+            return self._processor.encode(texts, num_threads=num_threads)
+        except (RuntimeError, UnicodeEncodeError):
+            for text in texts:
+                _valid(text)
+            raise
+
+    def _encode_in_parts(self, text, num_threads):
+        space_bytes = [FIRST_BYTE + byte for byte in SPACE.encode()]
+        ids = []
+        for index, stretch in enumerate(_valid(text).split(SPACE)):
+            if index:
+                ids += space_bytes
+            for part in self._processor.encode(_cut(stretch), num_threads=num_threads):
+                ids += part
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that the ids stand for; unlike text they may end within a character."""
+        try:
+            return b"".join(map(self.token_bytes.__getitem__, ids))
+        except IndexError:
+            raise ValueError(f"a token id is not below the vocabulary's size of {self.vocab_size}") from None
+
+    def save(self, directory: str | Path) -> None:
+        """Write `settings.json` and, for BPE, SentencePiece's own `tokenizer.model`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.kind == "bpe":
+            (directory / "tokenizer.model").write_bytes(self._model)
+        settings = {"kind": self.kind, "vocab_size": self.vocab_size, "special_tokens": self.special_tokens,
+                    "fingerprint": self.fingerprint}
+        (directory / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Tokenizer:
+        """Read what `save` wrote. Raises FileNotFoundError or, for damaged files, ValueError."""
+        directory = Path(directory)
+        path = directory / "settings.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer in {directory}: {path.name} is missing")
+        try:
+            settings = json.loads(path.read_text("utf-8"))
+            kind = settings["kind"]
+            model = (directory / "tokenizer.model").read_bytes() if kind == "bpe" else b""
+            tokenizer = cls(kind, model)
+            intact = settings["fingerprint"] == tokenizer.fingerprint
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no tokenizer in {directory}: tokenizer.model is missing") from None
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{directory}: the tokenizer is damaged ({error}); restore the directory") from None
+        if not intact:
+            raise ValueError(f"{directory}: the tokenizer is not the one that settings.json names; restore both files")
+        return tokenizer
+
+
+def _processor(model):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+def _train_sentencepiece(texts, vocab_size, coverage):
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=coverage, minloglevel=2,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=3, control_symbols=["<mask>"],
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True, split_by_unicode_script=False,
+        max_sentence_length=1 << 30, num_threads=os.cpu_count(),
+    )
+    return model.getvalue()
+
+
+def _coverage(characters, vocab_size):
+    """Part of all characters that get ids of their own: the commonest 99.9 %, in at most half of the free ids."""
+    total = sum(characters.values())
+    most = max(1, (vocab_size - FIRST_BYTE - 256) // 2)
+    covered = 0
+    for _, count in characters.most_common(most):
+        if covered >= 0.999 * total:
+            break
+        covered += count
+    return min(1.0, covered / total)
+
+
+def _cut(text):
+    """Pieces of at most MAX_ENCODE_CHARS characters, each but the last cut after a newline if its second half has one."""
+    ends = [0]
+    while len(text) - ends[-1] > MAX_ENCODE_CHARS:
+        end = ends[-1] + MAX_ENCODE_CHARS
+        newline = text.rfind("\n", end - MAX_ENCODE_CHARS // 2, end)
+        ends.append(newline + 1 or end)
+    return [text[start:end] for start, end in pairwise([*ends, len(text)])]
+
+
+def _valid(text):
+    if not isinstance(text, str):
+        raise ValueError(f"a tokenizer takes str, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}; "
+                         "it is not valid Unicode, so mend it or decode its source with errors='replace'") from None
+    return text

@@ -1,0 +1,26 @@
+"""Package data, dependencies, extras and the `minigpt` command."""
+
+from setuptools import setup
+
+EXTRAS = {
+    "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "transformers>=5,<6", "tokenizers"],
+    "dev": ["ruff"],
+}
+
+setup(
+    name="minigpt",
+    version="0.1.0",
+    description="A GPT from scratch in PyTorch with its own Triton kernels: train, sample, measure.",
+    packages=["minigpt", "kernels"],
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11,<2.15",
+        # a CUDA build of torch requires its own release of triton; the CPU build leaves the choice to this range
+        'triton>=3.6,<3.10; sys_platform == "linux"',
+        "numpy>=1.26",
+        "sentencepiece>=0.2",
+        "safetensors>=0.5",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["minigpt = minigpt.cli:main"]},
+)
