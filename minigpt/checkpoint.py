@@ -107,7 +107,7 @@ def _load_tensors(path):
 
 
 def save(checkpoints: Path, step: int, *, model, optimizers, state: dict, config: Config, tokenizer) -> Path:
-    """Write `step-<step>` under `checkpoints` and give its path; a crash at any moment leaves the others as they were."""
+    """Write `step-<step>` under `checkpoints` and give its path; a crash leaves the others as they were."""
     path = checkpoints / f"step-{step:08d}"
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)

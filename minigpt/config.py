@@ -12,10 +12,11 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import get_args, get_type_hints
 
 
@@ -325,7 +326,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     return make_config(tree, places)
 
 
-def make_config(tree: dict[str, dict], places: dict[tuple[str, str], str] = {}) -> Config:
+def make_config(tree: dict[str, dict], places: Mapping[tuple[str, str], str] = MappingProxyType({})) -> Config:
     """The Config of a dictionary of sections. `places` says where each (section, key) was written, for messages."""
     sections = {}
     for section, values in tree.items():

@@ -20,6 +20,9 @@ from minigpt.model import GPT
 from minigpt.tokenizer import END_TOKENS, FIRST_BYTE, Tokenizer
 
 
+DEFAULT = SamplingParams()
+
+
 class KVCache:
     """Keys and values of the tokens so far, allocated once: (depth, B, S, H_kv, D)."""
 
@@ -79,7 +82,7 @@ class Run:
     def __init__(self, model: GPT, tokenizer: Tokenizer, config: Config, path: Path):
         self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
 
-    def generate(self, prompts: str | list[str] | None, params: SamplingParams = SamplingParams()) -> str | list[str]:
+    def generate(self, prompts: str | list[str] | None, params: SamplingParams = DEFAULT) -> str | list[str]:
         """The continuation of a prompt, or, of a list, one for each.
 
         None starts a new document. Prompt i of a list draws from (seed, i). Raises ValueError for an empty prompt
@@ -89,7 +92,7 @@ class Run:
             return ["".join(self.stream(prompt, params, row)) for row, prompt in enumerate(prompts)]
         return "".join(self.stream(prompts, params))
 
-    def stream(self, prompt: str | None, params: SamplingParams = SamplingParams(), row: int = 0) -> Iterator[str]:
+    def stream(self, prompt: str | None, params: SamplingParams = DEFAULT, row: int = 0) -> Iterator[str]:
         """The continuation in pieces, as it is drawn; a piece never ends within a character."""
         ids = self.encode_prompt(prompt)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

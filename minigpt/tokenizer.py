@@ -189,7 +189,7 @@ def _coverage(characters, vocab_size):
 
 
 def _cut(text):
-    """Pieces of at most MAX_ENCODE_CHARS characters, each but the last cut after a newline if its second half has one."""
+    """Pieces of at most MAX_ENCODE_CHARS characters, cut after a newline where the second half has one."""
     ends = [0]
     while len(text) - ends[-1] > MAX_ENCODE_CHARS:
         end = ends[-1] + MAX_ENCODE_CHARS
