@@ -19,7 +19,6 @@ from minigpt.config import Config, ModelConfig, SamplingParams
 from minigpt.model import GPT
 from minigpt.tokenizer import END_TOKENS, FIRST_BYTE, Tokenizer
 
-
 DEFAULT = SamplingParams()
 
 
