@@ -7,6 +7,7 @@ last, manifest.json with the size and SHA-256 of every other file. Without a val
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from minigpt.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+"""Name of the directory in which a checkpoint is written before it gets its own."""
 
 
 @dataclass(frozen=True)
@@ -108,23 +111,36 @@ def _load_tensors(path):
 
 def save(checkpoints: Path, step: int, *, model, optimizers, state: dict, config: Config, tokenizer) -> Path:
     """Write `step-<step>` under `checkpoints` and give its path; a crash leaves the others as they were."""
-    path = checkpoints / f"step-{step:08d}"
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    save_file({name: t.contiguous() for name, t in model_tensors(model).items()}, path / "model.safetensors")
-    save_file({name: t.contiguous() for name, t in optimizer_tensors(model, optimizers).items()},
-              path / "optimizer.safetensors")
-    (path / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
-    (path / "config.json").write_text(config.to_json(), "utf-8")
-    tokenizer.save(path / "tokenizer")
+    path, unfinished = checkpoints / f"step-{step:08d}", checkpoints / UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file(_contiguous(model_tensors(model)), unfinished / "model.safetensors")
+    save_file(_contiguous(optimizer_tensors(model, optimizers)), unfinished / "optimizer.safetensors")
+    (unfinished / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
+    (unfinished / "config.json").write_text(config.to_json(), "utf-8")
+    tokenizer.save(unfinished / "tokenizer")
     files = {}
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+    for file in sorted(file for file in unfinished.rglob("*") if file.is_file()):
         sync_file(file)
-        files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-    sync_directory(path / "tokenizer")
-    write_durably(path / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+        files[file.relative_to(unfinished).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    sync_directory(unfinished / "tokenizer")
+    write_durably(unfinished / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+    delete(path)                                        # there is one only where this step's evaluation came after it
+    os.replace(unfinished, path)
     sync_directory(checkpoints)
     return path
+
+
+def delete(path: Path) -> None:
+    """Remove a checkpoint, its manifest first, so that at no moment half of it looks whole."""
+    if path.is_dir():
+        (path / MANIFEST).unlink(missing_ok=True)
+        sync_directory(path)
+        shutil.rmtree(path)
+
+
+def _contiguous(tensors):
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def verify(path: Path) -> None:
@@ -191,6 +207,4 @@ def prune(run: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all checkpoints but the newest `keep_last` and the best one."""
     for path in in_run(run)[keep_last:]:
         if path.name != f"step-{best_step or 0:08d}":
-            (path / MANIFEST).unlink(missing_ok=True)
-            sync_directory(path)
-            shutil.rmtree(path, ignore_errors=True)
+            delete(path)

@@ -24,7 +24,7 @@ FIRST_BYTE = len(SPECIAL_TOKENS)
 MIN_VOCAB_SIZE = FIRST_BYTE + 256 + 1
 SPACE = "\u2581"
 """SentencePiece writes a space as this character, so the character itself is encoded as its three bytes."""
-RESERVED = re.compile("[\0\t\u2581\u2585]")
+RESERVED = "\0\t\u2581\u2585"
 """SentencePiece's trainer drops or splits texts with these; it is given the text between them."""
 MAX_ENCODE_CHARS = 1 << 20
 """Longer texts are encoded in pieces of this many characters, cut after a newline where one is near."""
@@ -71,15 +71,19 @@ class Tokenizer:
         if vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(f"vocab_size = {vocab_size} is too small; the least is {MIN_VOCAB_SIZE} "
                              f"({FIRST_BYTE} special tokens, 256 bytes and one character)")
-        texts = [part for document in documents for part in RESERVED.split(_valid(document)) if part]
+        documents = [_valid(document) for document in documents]
         characters = Counter()
-        for text in texts:
-            characters.update(text)
+        for document in documents:
+            characters.update(document)
         if not characters:
             raise ValueError("the tokenizer's training text is empty")
-        model = _train_sentencepiece(texts, vocab_size, _coverage(characters, vocab_size))
-        tokenizer = cls("bpe", model)
-        if tokenizer.vocab_size < vocab_size:
+        for kept in _kept(characters, vocab_size):
+            left_out = re.compile("[" + re.escape("".join(characters.keys() - kept)) + RESERVED + "]")
+            texts = [part for document in documents for part in left_out.split(document) if part]
+            tokenizer = cls("bpe", _train_sentencepiece(texts, vocab_size))
+            if tokenizer.vocab_size == vocab_size:
+                break
+        else:
             raise ValueError(f"vocab_size = {vocab_size} is too large for this text of {sum(characters.values())} "
                              f"characters; possible are {MIN_VOCAB_SIZE} to {tokenizer.vocab_size}")
         return tokenizer
@@ -161,13 +165,13 @@ def _processor(model):
     return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
-def _train_sentencepiece(texts, vocab_size, coverage):
+def _train_sentencepiece(texts, vocab_size):
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-        hard_vocab_limit=False, byte_fallback=True, character_coverage=coverage, minloglevel=2,
+        hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, minloglevel=2,
         unk_id=0, bos_id=1, eos_id=2, pad_id=3, control_symbols=["<mask>"],
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
         allow_whitespace_only_pieces=True, split_by_unicode_script=False,
@@ -176,16 +180,18 @@ def _train_sentencepiece(texts, vocab_size, coverage):
     return model.getvalue()
 
 
-def _coverage(characters, vocab_size):
-    """Part of all characters that get ids of their own: the commonest 99.9 %, in at most half of the free ids."""
-    total = sum(characters.values())
-    most = max(1, (vocab_size - FIRST_BYTE - 256) // 2)
-    covered = 0
-    for _, count in characters.most_common(most):
-        if covered >= 0.999 * total:
-            break
-        covered += count
-    return min(1.0, covered / total)
+def _kept(characters, vocab_size):
+    """The characters that get ids of their own, as two sets to try.
+
+    First the commonest 99.9 % of the text, in at most half of the free ids; then, for a text with too few merges to
+    fill the rest, all that there is room for.
+    """
+    ranked = [character for character, _ in characters.most_common()]
+    room, uncovered, common = vocab_size - FIRST_BYTE - 256, 0.001 * sum(characters.values()), len(ranked)
+    while uncovered >= characters[ranked[common - 1]]:
+        common -= 1
+        uncovered -= characters[ranked[common]]
+    return set(ranked[:min(common, max(1, room // 2))]), set(ranked[:room])
 
 
 def _cut(text):

@@ -114,13 +114,11 @@ def train(config: Config, *, resume: bool = False, say=print) -> str:
         return torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext()
 
     def save():
-        if checkpoint_step(run) != state.step or state.owes_evaluation:
-            loop = {"loop": dataclasses.asdict(state), "dtype": dtype_name, "scaler": scaler.state_dict(),
-                    "random": random_state(device)}
-            path = checkpoint.save(run / "checkpoints", state.step, model=model, optimizers=optimizers, state=loop,
-                                   config=config, tokenizer=tokenizer)
-            checkpoint.prune(run, config.train.keep_last, state.best_step if config.train.keep_best else None)
-            return path
+        loop = {"loop": dataclasses.asdict(state), "dtype": dtype_name, "scaler": scaler.state_dict(),
+                "random": random_state(device)}
+        checkpoint.save(run / "checkpoints", state.step, model=model, optimizers=optimizers, state=loop,
+                        config=config, tokenizer=tokenizer)
+        checkpoint.prune(run, config.train.keep_last, state.best_step if config.train.keep_best else None)
 
     progress = Progress(state.step, config.train.max_steps)
     flops, peak = model.flops_per_token(), peak_flops(device)
@@ -257,12 +255,6 @@ def check_same_run(found: checkpoint.Checkpoint, config: Config) -> None:
 def is_finished(found: checkpoint.Checkpoint, config: Config) -> bool:
     state = LoopState(**found.state["loop"])
     return not state.owes_evaluation and (state.stopped_early or state.step >= config.train.max_steps)
-
-
-def checkpoint_step(run: Path) -> int | None:
-    """Step of the newest finished checkpoint, None without one."""
-    steps = [int(path.name[5:]) for path in checkpoint.in_run(run) if (path / checkpoint.MANIFEST).exists()]
-    return max(steps, default=None)
 
 
 def restore(found, model, optimizers, scaler) -> LoopState:

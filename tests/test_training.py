@@ -1,0 +1,252 @@
+"""The loop: it learns, logs, evaluates, keeps and stops as the config says, and no bad number reaches the weights."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_text
+from tiny import tiny_config
+
+from minigpt import checkpoint, engine, objectives, training
+from minigpt.optim import schedule
+
+
+def run_lines(config, **options):
+    lines = []
+    closing = training.train(config, say=lines.append, **options)
+    return closing, lines
+
+
+def metrics_of(config):
+    with open(f"{config.train.run_dir}/metrics.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def saved_steps(run):
+    return [int(path.name[5:]) for path in reversed(checkpoint.in_run(run))]
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_it_learns(tmp_path, text_file, objective, optimizer):
+    """The validation loss ends well below that of guessing every token by its frequency alone."""
+    config = tiny_config(tmp_path, text_file, f"--objective.name={objective}", f"--optim.name={optimizer}",
+                         "--train.max_steps=150", "--train.eval_every=75", "--train.batch_size=16",
+                         "--optim.learning_rate=0.01")
+    closing, _ = run_lines(config)
+    val_loss = [record["val_loss"] for record in metrics_of(config) if "val_loss" in record]
+    run = engine.load(tmp_path / "run")
+    counts = torch.bincount(torch.tensor(run.tokenizer.encode(text_file.read_text("utf-8")))).double()
+    frequencies = counts[counts > 0] / counts.sum()
+    unigram = -(frequencies * frequencies.log()).sum().item()
+    assert len(val_loss) == 2 and val_loss[-1] < (0.6 if objective == "causal" else 0.85) * unigram
+    unit = "bits per byte" if objective == "causal" else "nats per target"
+    assert closing.startswith("final: ") and closing.endswith(unit)
+
+
+def test_metrics_have_their_keys_and_the_closing_line_their_last_number(tmp_path, text_file):
+    config = tiny_config(tmp_path, text_file)
+    closing, _ = run_lines(config)
+    records = metrics_of(config)
+    assert [record["step"] for record in records] == list(range(1, 13))
+    assert [record["tokens"] for record in records] == [step * 4 * 32 for step in range(1, 13)]
+    for record in records:
+        assert {"train_loss", "lr", "grad_norm", "tokens_per_second", "elapsed_seconds"} <= record.keys()
+        assert record["lr"] == pytest.approx(
+            schedule(record["step"] - 1, 12, config.optim) * config.optim.learning_rate)
+    assert [record["step"] for record in records if "val_bpb" in record] == [6, 12]
+    assert closing == f"final: {records[-1]['val_bpb']:.4f} bits per byte"
+    elapsed = [record["elapsed_seconds"] for record in records]
+    assert elapsed == sorted(elapsed) and elapsed[0] > 0
+
+
+def test_samples_are_logged_at_every_evaluation(tmp_path, text_file):
+    config = tiny_config(tmp_path, text_file, '--train.sample_prompts=["The king", "A"]', "--train.sample_tokens=5")
+    run_lines(config)
+    records = [json.loads(line) for line in open(tmp_path / "run/samples.jsonl", encoding="utf-8")]
+    assert [(record["step"], record["prompt"]) for record in records] == [
+        (6, "The king"), (6, "A"), (12, "The king"), (12, "A")]
+    assert any(record["text"] for record in records)
+
+
+def test_sampling_and_evaluating_change_nothing_in_the_training(tmp_path, text_file):
+    """Evaluations draw nothing from the generator that dropout draws from."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    run_lines(tiny_config(one, text_file, "--model.dropout=0.2", "--train.eval_every=12"))
+    run_lines(tiny_config(other, text_file, "--model.dropout=0.2", "--train.eval_every=2",
+                          '--train.sample_prompts=["The"]'))
+    path = "run/checkpoints/step-00000012/model.safetensors"
+    assert (one / path).read_bytes() == (other / path).read_bytes()
+
+
+def test_last_checkpoints_and_the_best_are_kept(tmp_path, text_file, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 1.5, 1.2])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"val_loss": next(losses), "val_bpb": 1.0})
+    config = tiny_config(tmp_path, text_file, "--train.eval_every=2", "--train.checkpoint_every=1",
+                         "--train.keep_last=2")
+    run_lines(config)
+    assert saved_steps(tmp_path / "run") == [4, 11, 12]
+    assert checkpoint.find(tmp_path / "run").state["loop"]["best_step"] == 4
+
+
+def test_early_stopping(tmp_path, text_file, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 0.5])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"val_loss": next(losses), "val_bpb": 1.0})
+    config = tiny_config(tmp_path, text_file, "--train.eval_every=2", "--train.early_stopping=2")
+    _, lines = run_lines(config)
+    assert metrics_of(config)[-1]["step"] == 8
+    assert saved_steps(tmp_path / "run")[-1] == 8
+    _, lines = run_lines(config, resume=True)
+    assert "is finished: step 8" in lines[0]
+
+
+class Broken(objectives.CausalLM):
+    """Gives a loss, or a gradient, that is not finite, in the steps of `bad`."""
+
+    bad, kind, calls = set(), "loss", 0
+
+    def losses(self, model, batch):
+        losses = super().losses(model, batch)
+        if not torch.is_grad_enabled():
+            return losses
+        Broken.calls += 1
+        if Broken.calls not in self.bad:
+            return losses
+        factor = math.nan if self.kind == "loss" else (model.embedding.weight.flatten()[0] * 0).sqrt() + 1
+        return {part: loss * factor for part, loss in losses.items()}
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_never_reaches_the_weights(tmp_path, text_file, monkeypatch, kind):
+    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Broken)
+    monkeypatch.setattr(Broken, "kind", kind)
+    monkeypatch.setattr(Broken, "calls", 0)
+    monkeypatch.setattr(Broken, "bad", {3, 4})
+    config = tiny_config(tmp_path, text_file)
+    closing, _ = run_lines(config)
+    records = metrics_of(config)
+    assert [record["step"] for record in records if "skipped" in record] == [3, 4]
+    assert all(math.isfinite(record["train_loss"]) for record in records[4:])
+    run = engine.load(tmp_path / "run")
+    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
+
+
+def test_a_run_stops_with_advice_after_several_bad_steps(tmp_path, text_file, monkeypatch):
+    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Broken)
+    monkeypatch.setattr(Broken, "kind", "loss")
+    monkeypatch.setattr(Broken, "calls", 0)
+    monkeypatch.setattr(Broken, "bad", set(range(5, 100)))
+    config = tiny_config(tmp_path, text_file, "--train.max_bad_steps=3")
+    with pytest.raises(ValueError, match=r"3 steps in a row .* Lower optim.learning_rate"):
+        run_lines(config)
+    assert [json.loads(line)["step"] for line in open(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    run = engine.load(tmp_path / "run")
+    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_learns_too(tmp_path, text_file, dtype):
+    """float16 goes through the loss scaler, whose state is saved and restored."""
+    config = tiny_config(tmp_path, text_file, f"--train.dtype={dtype}", "--train.max_steps=30")
+    run_lines(config)
+    losses = [record["train_loss"] for record in metrics_of(config)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert checkpoint.find(tmp_path / "run").state["dtype"] == dtype
+    config = tiny_config(tmp_path, text_file, f"--train.dtype={dtype}", "--train.max_steps=32")
+    run_lines(config, resume=True)
+    assert metrics_of(config)[-1]["step"] == 32
+
+
+def test_compiled_and_plain_training_agree(tmp_path, text_file, monkeypatch):
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: plain_compile(function, backend="aot_eager"))
+    losses = {}
+    for name in ("true", "false"):
+        (tmp_path / name).mkdir()
+        config = tiny_config(tmp_path / name, text_file, f"--train.compile={name}")
+        run_lines(config)
+        losses[name] = [record["train_loss"] for record in metrics_of(config)]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
+
+
+def test_a_compiler_that_fails_is_done_without(tmp_path, text_file, monkeypatch):
+    def fail(function):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    closing, lines = run_lines(tiny_config(tmp_path, text_file, "--train.compile=true"))
+    assert sum("torch.compile does not work here" in line for line in lines) == 1
+    assert closing.startswith("final: ")
+
+
+def test_a_run_is_not_written_over(tmp_path, text_file):
+    config = tiny_config(tmp_path, text_file)
+    closing, _ = run_lines(config)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="not empty; go on with --resume"):
+        run_lines(config)
+    again, lines = run_lines(config, resume=True)
+    assert again == closing and "is finished: step 12" in lines[0]
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_foreign_directory_is_refused(tmp_path, text_file):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        run_lines(tiny_config(tmp_path, text_file))
+    assert (tmp_path / "run/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("change", ["--model.depth=1", "--train.seed=2", "--tokenizer.vocab_size=310",
+                                    "--optim.name=adamw", "--objective.name=masked", "--train.batch_size=2"])
+def test_resume_refuses_the_settings_of_another_run(tmp_path, text_file, change):
+    run_lines(tiny_config(tmp_path, text_file))
+    key = change[2:].split("=")[0]
+    with pytest.raises(ValueError, match=f"{key} = .* was begun with"):
+        run_lines(tiny_config(tmp_path, text_file, "--train.max_steps=20", change), resume=True)
+
+
+def test_resume_refuses_another_text(tmp_path, text_file):
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    run_lines(tiny_config(tmp_path, text))
+    text.write_text(make_text(1500, seed=5))
+    with pytest.raises(ValueError, match="text or the tokenizer .* is not the one this run began with"):
+        run_lines(tiny_config(tmp_path, text, "--train.max_steps=20"), resume=True)
+
+
+def test_a_longer_run_goes_on_from_the_end_of_a_shorter(tmp_path, text_file):
+    run_lines(tiny_config(tmp_path, text_file))
+    config = tiny_config(tmp_path, text_file, "--train.max_steps=20")
+    _, lines = run_lines(config, resume=True)
+    assert "going on from" in lines[0]
+    assert [record["step"] for record in metrics_of(config)] == list(range(1, 21))
+
+
+def test_logs_are_cut_back_to_the_checkpoint(tmp_path, text_file):
+    config = tiny_config(tmp_path, text_file, "--train.max_steps=8")
+    run_lines(config)
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "train_loss": 1.0}\n{"step": 10, "trai')
+    config = tiny_config(tmp_path, text_file, "--train.max_steps=10")
+    run_lines(config, resume=True)
+    assert [record["step"] for record in metrics_of(config)] == list(range(1, 11))
+    assert "grad_norm" in metrics_of(config)[8]
+
+
+def test_a_context_longer_than_the_text_is_refused(tmp_path):
+    (tmp_path / "short.txt").write_text("To be or not to be. " * 3)
+    with pytest.raises(ValueError, match="fewer than one context"):
+        run_lines(tiny_config(tmp_path, tmp_path / "short.txt", "--tokenizer.kind=bytes",
+                              "--model.context_length=128"))
+
+
+def test_unknown_device_and_kernels_that_cannot_run(tmp_path, text_file):
+    with pytest.raises(ValueError, match="train.device = 'gpu' cannot be used"):
+        run_lines(tiny_config(tmp_path, text_file, "--train.device=gpu"))
+    with pytest.raises(ValueError, match="triton"):
+        run_lines(tiny_config(tmp_path, text_file, "--train.kernels=triton"))
