@@ -37,7 +37,7 @@ def _train(arguments, overrides, go_on):
     from minigpt import training
 
     try:
-        print(training.train(config, resume=arguments.resume, say=_say))
+        print(training.train(config, resume=arguments.resume))
     except training.Interrupted as stopped:
         print(f"{stopped}\ngo on with: {go_on}", flush=True)
         sys.exit(stopped.exit_code)
@@ -120,10 +120,6 @@ def _run(command, on_interrupt) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _say(line):
-    print(line, flush=True)
 
 
 def _command_line(more):

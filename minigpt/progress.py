@@ -10,14 +10,16 @@ LIVE_SECONDS = 0.1
 
 
 class Progress:
-    """`update` shows where a run is; `say` prints a line that stays."""
+    """`say` prints a line that stays; from `start` on, `update` shows where the run is."""
 
-    def __init__(self, first_step: int, max_steps: int, out=None):
+    def __init__(self, out=None):
         self.out = out or sys.stdout
         self.live = self.out.isatty()
-        self.first_step, self.max_steps = first_step, max_steps
-        self.began = self.shown = time.monotonic()
         self.width = 0
+
+    def start(self, step: int, max_steps: int) -> None:
+        self.first_step, self.max_steps = step, max_steps
+        self.began = self.shown = time.monotonic()
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         now = time.monotonic()

@@ -1,6 +1,6 @@
 """The training loop, top to bottom: data, model, optimizer, resume, then step by step to the final line.
 
-    train(load_config("configs/shakespeare_cpu.toml"), say=print)
+    train(load_config("configs/shakespeare_cpu.toml"))
 
 A step draws all its micro-batches first and divides summed losses by the counts over all of them, so accumulation
 equals one big batch. Every random choice is a function of the seed and the data position, or of a generator that the
@@ -26,6 +26,7 @@ import kernels
 from minigpt import checkpoint
 from minigpt.config import Config, SamplingParams
 from minigpt.data import Dealer, prepare
+from minigpt.device import pick_device, pick_dtype
 from minigpt.engine import Run
 from minigpt.evaluate import Stopped, evaluate
 from minigpt.files import write_durably
@@ -65,13 +66,15 @@ class Interrupted(Exception):
         self.exit_code = exit_code
 
 
-def train(config: Config, *, resume: bool = False, say=print) -> str:
+def train(config: Config, *, resume: bool = False, out=None) -> str:
     """Train as `config` says, in `config.train.run_dir`, and give the closing line.
 
-    `say` is told, a line each, what a person should see. Raises ValueError or OSError for what a user can mend,
+    Progress goes to `out`, standard output unless given. Raises ValueError or OSError for what a user can mend,
     Interrupted after SIGINT or SIGTERM.
     """
     began = time.monotonic()
+    progress = Progress(out)
+    say = progress.say
     run = Path(config.train.run_dir)
     found = open_run(run, config, resume, say)
     if found and is_finished(found, config):
@@ -80,7 +83,7 @@ def train(config: Config, *, resume: bool = False, say=print) -> str:
 
     kernels.use(config.train.kernels)
     device = pick_device(config.train.device)
-    dtype_name = found.state["dtype"] if found and config.train.dtype == "auto" else pick_dtype(config, device)
+    dtype_name = found.state["dtype"] if found and config.train.dtype == "auto" else pick_dtype(config.train.dtype, device)
     dtype = getattr(torch, dtype_name)
     torch.manual_seed(config.train.seed)
 
@@ -120,7 +123,7 @@ def train(config: Config, *, resume: bool = False, say=print) -> str:
                         config=config, tokenizer=tokenizer)
         checkpoint.prune(run, config.train.keep_last, state.best_step if config.train.keep_best else None)
 
-    progress = Progress(state.step, config.train.max_steps)
+    progress.start(state.step, config.train.max_steps)
     flops, peak = model.flops_per_token(), peak_flops(device)
     bad_steps, train_seconds, train_tokens, loss_value = 0, 0.0, 0, math.nan
     with stop_signals() as stop:
@@ -141,7 +144,7 @@ def train(config: Config, *, resume: bool = False, say=print) -> str:
                 loss_value = totals["train_loss"]
                 bad_steps = bad_steps + 1 if "skipped" in totals else 0
                 if "skipped" in totals:
-                    progress.say(f"step {state.step} skipped: {totals['skipped']}; the weights are as before")
+                    say(f"step {state.step} skipped: {totals['skipped']}; the weights are as before")
                 if bad_steps >= config.train.max_bad_steps:
                     metrics.write(finite(record))
                     save()
@@ -161,7 +164,7 @@ def train(config: Config, *, resume: bool = False, say=print) -> str:
                     best = state.evaluated["val_loss"] < state.best_loss
                     note_evaluation(state, config.train.early_stopping, best)
                     record |= state.evaluated
-                    progress.say(evaluation_line(state, loss_value, time.monotonic() - began))
+                    say(evaluation_line(state, loss_value, time.monotonic() - began))
                     write_samples(texts, state.step, Run(model, tokenizer, config, run), config)
                 except Stopped:
                     state.owes_evaluation = True
@@ -343,38 +346,6 @@ def write_samples(texts: JsonLines, step: int, run: Run, config: Config) -> None
     for prompt in config.train.sample_prompts:
         texts.write({"step": step, "prompt": prompt, "text": run.generate(prompt, params)})
     run.model.train()
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"train.device = {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def pick_dtype(config: Config, device: torch.device) -> str:
-    """The dtype of matrix products that `train.dtype` asks for."""
-    if config.train.dtype != "auto":
-        return config.train.dtype
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    if device.type == "cpu":
-        return "bfloat16" if product_seconds(torch.bfloat16) < 0.8 * product_seconds(torch.float32) else "float32"
-    return "float32"
-
-
-def product_seconds(dtype: torch.dtype) -> float:
-    """Best time of three products of two 384 x 384 matrices on the CPU, after a first one."""
-    a, times = torch.ones(384, 384, dtype=dtype), []
-    for _ in range(4):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
 
 
 def compiled(model, config, objective, dealer, device, say):

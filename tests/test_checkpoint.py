@@ -20,7 +20,7 @@ from minigpt.tokenizer import Tokenizer
 def run(tmp_path, text_file):
     """A finished run with checkpoints at steps 2 and 4."""
     training.train(tiny_config(tmp_path, text_file, "--train.max_steps=4", "--train.checkpoint_every=2",
-                               "--train.eval_every=4"), say=lambda line: None)
+                               "--train.eval_every=4"))
     return tmp_path / "run"
 
 

@@ -1,0 +1,40 @@
+"""Which device and which precision to compute with."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+def pick_device(name: str | torch.device | None = "auto") -> torch.device:
+    """The named device; for "auto" or None CUDA where there is one, else the CPU. ValueError where it cannot be used."""
+    if name in ("auto", None):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def pick_dtype(name: str, device: torch.device) -> str:
+    """The dtype of matrix products; for "auto" the fastest that trains well on the device (see `train.dtype`)."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu":
+        return "bfloat16" if product_seconds(torch.bfloat16) < 0.8 * product_seconds(torch.float32) else "float32"
+    return "float32"
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """Best time of three products of two 384 x 384 matrices on the CPU, after a first one."""
+    a, times = torch.ones(384, 384, dtype=dtype), []
+    for _ in range(4):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return min(times[1:])

@@ -1,0 +1,162 @@
+"""The commands: what a user gets wrong is one line and exit code 2; interrupts save; output is what was asked for."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import TINY
+
+from minigpt import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def train_arguments(tmp_path, text, *more):
+    config = tmp_path / "tiny.toml"
+    config.touch()
+    return [str(config), *TINY, f"--data.path={text}", f"--train.run_dir={tmp_path / 'run'}", *more]
+
+
+@pytest.fixture
+def run(tmp_path, text_file, capsys):
+    cli.train(train_arguments(tmp_path, text_file))
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def fails(capsys, command, *arguments):
+    """The one line that a command which must fail leaves on standard error."""
+    with pytest.raises(SystemExit) as stopped:
+        command(list(arguments))
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_train_errors(tmp_path, text_file, capsys):
+    good = train_arguments(tmp_path, text_file)
+    assert "no config file nowhere.toml" in fails(capsys, cli.train, "nowhere.toml")
+    assert "did you mean model.depth" in fails(capsys, cli.train, *good, "--model.dept=3").replace("depth", "model.depth")
+    assert "train.max_steps" in fails(capsys, cli.train, *good, "--train.max_steps=many")
+    assert "write it as --train.max_steps=VALUE" in fails(capsys, cli.train, *good, "--train.max_steps")
+    assert "no file or folder nowhere" in fails(capsys, cli.train, *good, "--data.path=nowhere")
+    (tmp_path / "empty.txt").touch()
+    assert "empty.txt" in fails(capsys, cli.train, *good, f"--data.path={tmp_path / 'empty.txt'}")
+    (tmp_path / "latin.txt").write_bytes("naïve ".encode("latin-1") * 100)
+    error = fails(capsys, cli.train, *good, f"--data.path={tmp_path / 'latin.txt'}")
+    assert "latin.txt" in error and "byte 2 is not UTF-8" in error
+    assert "vocab_size = 100000 is too large" in fails(capsys, cli.train, *good, "--tokenizer.vocab_size=100000")
+    (tmp_path / "file").touch()
+    assert "is a file" in fails(capsys, cli.train, *good, f"--train.run_dir={tmp_path / 'file'}")
+    assert "no tokenizer in" in fails(capsys, cli.train, *good, f"--tokenizer.path={tmp_path}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sample_errors(run, capsys, tmp_path):
+    assert "no run or checkpoint nowhere" in fails(capsys, cli.sample, "nowhere")
+    assert "holds no valid checkpoint" in fails(capsys, cli.sample, str(tmp_path))
+    assert "prompt is empty" in fails(capsys, cli.sample, str(run), "--prompt", "")
+    assert "prompt is empty" in fails(capsys, cli.sample, str(run), "--prompt", "", "--stream")
+    assert "temperature = -1.0 is too small" in fails(capsys, cli.sample, str(run), "--temperature=-1")
+    assert "top_p = 1.5 is too large" in fails(capsys, cli.sample, str(run), "--top-p=1.5")
+    assert "--num-samples 0" in fails(capsys, cli.sample, str(run), "--num-samples=0")
+    assert "lone surrogate" in fails(capsys, cli.sample, str(run), "--prompt", "a\udc80")
+    assert "device" in fails(capsys, cli.sample, str(run), "--device", "gpu")
+
+
+def test_a_masked_model_does_not_continue_text(tmp_path, text_file, capsys):
+    cli.train(train_arguments(tmp_path, text_file, "--objective.name=masked"))
+    capsys.readouterr()
+    assert "cannot continue text" in fails(capsys, cli.sample, str(tmp_path / "run"), "--prompt", "a")
+
+
+def test_sample_output(run, capsys):
+    arguments = [str(run), "--prompt", "The king", "--max-new-tokens=20", "--seed=3"]
+
+    def output(*more):
+        cli.sample([*arguments, *more])
+        return capsys.readouterr().out
+
+    plain = output()
+    assert plain.startswith("The king") and plain == output("--stream") == output()
+    samples = [json.loads(line) for line in output("--json", "--num-samples=3").splitlines()]
+    assert [sample["prompt"] for sample in samples] == ["The king"] * 3
+    assert len({sample["text"] for sample in samples}) > 1
+    assert plain == f"The king{samples[0]['text']}\n"
+    assert output("--temperature=0") == output("--temperature=0", "--seed=4")
+    assert output("--seed=4") != plain
+    cli.sample([str(run), "--max-new-tokens=5"])
+    assert capsys.readouterr().out
+
+
+def test_main_knows_its_verbs(run, capsys):
+    cli.main(["sample", str(run), "--prompt", "A", "--max-new-tokens=2"])
+    assert capsys.readouterr().out.startswith("A")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["sampel"])
+    assert stopped.value.code == 2 and "unknown verb 'sampel'" in capsys.readouterr().err
+
+
+def process(*arguments, **options):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=environment, **options)
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_prints_the_command_that_goes_on(tmp_path, text_file, number):
+    arguments = train_arguments(tmp_path, text_file, "--train.max_steps=100000", "--train.checkpoint_every=100000",
+                                "--train.eval_every=100000")
+    child = process(str(ROOT / "train.py"), *arguments)
+    metrics = tmp_path / "run/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 500)
+    began = time.monotonic()
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert child.returncode == 128 + number and "Traceback" not in err
+    command = out.splitlines()[-1].removeprefix("go on with: ")
+    stopped_at = len(metrics.read_text().splitlines())
+    again = subprocess.run(shlex.split(command.replace("max_steps=100000", f"max_steps={stopped_at + 5}")),
+                           capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert again.returncode == 0 and "going on from" in again.stdout
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, stopped_at + 6))
+
+
+@pytest.mark.serial
+def test_an_interrupt_before_the_first_step_prints_the_command_too(tmp_path):
+    """While the tokenizer is trained or the text is read there is nothing to save, and the command begins anew."""
+    text = tmp_path / "long.txt"
+    text.write_text("".join(f"{number} bottles of beer {number * 7919} on the wall\n" for number in range(300_000)))
+    child = process(str(ROOT / "train.py"), *train_arguments(tmp_path, text, "--tokenizer.vocab_size=8000"))
+    assert "training a tokenizer" in child.stdout.readline()
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert time.monotonic() - began < 5
+    assert child.returncode == 130 and "Traceback" not in err
+    assert "go on with:" in err and err.rstrip().endswith("--resume")
+
+
+@pytest.mark.serial
+def test_a_reader_that_goes_away_is_no_error(run):
+    child = process(str(ROOT / "sample.py"), str(run), "--prompt", "The", "--num-samples=500", "--max-new-tokens=50")
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.stderr.read() == ""
+    child.wait(timeout=60)
