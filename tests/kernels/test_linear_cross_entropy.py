@@ -1,0 +1,131 @@
+"""The fused head and loss equals an explicit float64 formula: ignored targets, smoothing, z-loss, softcap, reductions.
+
+torch's own cross_entropy is a second oracle for what it covers.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import STRIDES, assert_close, check_error_ratio, check_op, run_op, with_strides
+
+import kernels
+
+N, C, V = 13, 6, 11
+
+
+def formula(targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"):
+    """Target by target: (1 - e) (lse - z_y) + e (lse - mean z) + z_loss lse²."""
+    def loss(hidden, weight):
+        losses = []
+        for h, y in zip(hidden.reshape(-1, C), targets.flatten().tolist()):
+            z = (weight * h).sum(-1)                                                # (V,)
+            z = z if softcap is None else softcap * torch.tanh(z / softcap)
+            lse = z.exp().sum().log()
+            if y == ignore_index:
+                losses.append(0 * lse)
+            else:
+                losses.append((1 - label_smoothing) * (lse - z[y]) + label_smoothing * (lse - z.mean())
+                              + z_loss * lse ** 2)
+        losses = torch.stack(losses)
+        if reduction == "none":
+            return losses.reshape(targets.shape)
+        return losses.sum() / (1 if reduction == "sum" else max(1, int((targets != ignore_index).sum())))
+    return loss
+
+
+def hidden_and_weight(shape=(N,), dtype=torch.float32):
+    torch.manual_seed(0)
+    return [2 * torch.randn(*shape, C).to(dtype), torch.randn(V, C).to(dtype)]
+
+
+def some_targets(shape=(N,), ignored=-100):
+    targets = torch.randint(0, V, shape, generator=torch.Generator().manual_seed(1))
+    targets.view(-1)[1::3] = ignored
+    return targets
+
+
+def op(targets, **options):
+    return lambda hidden, weight: kernels.linear_cross_entropy(hidden, weight, targets, **options)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("label_smoothing, z_loss, softcap", [*itertools.product([0.0, 0.2], [0.0, 0.1], [None, 3.0])])
+def test_values_and_gradients(label_smoothing, z_loss, softcap, reduction):
+    options = dict(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction)
+    check_op(op(some_targets(), **options), formula(some_targets(), **options), hidden_and_weight(), 3e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_equals_torch_cross_entropy(reduction, label_smoothing):
+    targets = some_targets()
+    options = dict(reduction=reduction, label_smoothing=label_smoothing)
+    check_op(op(targets, **options), lambda hidden, weight: F.cross_entropy(hidden @ weight.mT, targets, **options),
+             hidden_and_weight(), 3e-6)
+
+
+def test_mean_is_the_default_and_ignore_index_is_free():
+    targets = some_targets(ignored=4)
+    check_op(op(targets, ignore_index=4), formula(targets, ignore_index=4, reduction="mean"), hidden_and_weight(), 3e-6)
+
+
+@pytest.mark.parametrize("kind", STRIDES)
+def test_any_leading_shape_and_strides(kind):
+    shape = (3, 5)
+    targets = some_targets(shape).mT.contiguous().mT
+    for reduction in ("sum", "none"):
+        check_op(op(targets, reduction=reduction), formula(targets, reduction=reduction),
+                 [with_strides(x, kind) for x in hidden_and_weight(shape)], 3e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("size", [N, 0])
+def test_nothing_to_predict_gives_zero_and_zero_gradients(size, reduction):
+    targets = torch.full((size,), -100)
+    (loss,), grads, _ = run_op(op(targets, reduction=reduction, z_loss=0.1, label_smoothing=0.1),
+                               hidden_and_weight((size,)))
+    assert (loss == 0).all() and loss.shape == (targets.shape if reduction == "none" else ())
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_ignored_rows_have_no_gradient_and_no_say():
+    hidden, weight = hidden_and_weight()
+    targets = some_targets()
+    ignored = targets == -100
+    _, (grad, _), _ = run_op(op(targets, z_loss=0.1, label_smoothing=0.1, reduction="sum"), [hidden, weight])
+    assert (grad[ignored] == 0).all() and (grad[~ignored] != 0).any(-1).all()
+    other = torch.where(ignored[:, None], 7.0, hidden)
+    assert torch.equal(op(targets)(hidden, weight), op(targets)(other, weight))
+
+
+def test_large_logits_stay_finite():
+    hidden, weight = hidden_and_weight()
+    loss = kernels.linear_cross_entropy(1e4 * hidden, weight, some_targets())
+    assert_close(loss, F.cross_entropy(1e4 * hidden.double() @ weight.double().mT, some_targets()), 1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_bfloat16_is_as_exact_as_plain_pytorch(softcap):
+    def plain(hidden, weight):
+        z = hidden @ weight.mT
+        z = z if softcap is None else softcap * torch.tanh(z / softcap)
+        return F.cross_entropy(z.float(), some_targets())
+
+    check_error_ratio(op(some_targets(), softcap=softcap), plain, formula(some_targets(), softcap=softcap),
+                      hidden_and_weight(dtype=torch.bfloat16))
+
+
+def test_float32_weight_with_bfloat16_hidden_keeps_its_dtype():
+    hidden, weight = hidden_and_weight()
+    weight.requires_grad_()
+    loss = kernels.linear_cross_entropy(hidden.bfloat16(), weight, some_targets())
+    loss.backward()
+    assert loss.dtype == torch.float32 and weight.grad.dtype == torch.float32
+    assert_close(loss, formula(some_targets())(hidden.double(), weight.double()), 0.02)
+
+
+def test_an_unknown_reduction_is_named():
+    with pytest.raises(ValueError, match="reduction 'max' is none of: sum, mean, none"):
+        kernels.linear_cross_entropy(*hidden_and_weight(), some_targets(), reduction="max")
