@@ -16,6 +16,7 @@ import torch
 
 from minigpt import checkpoint, sampling
 from minigpt.config import Config, ModelConfig, SamplingParams
+from minigpt.device import pick_device
 from minigpt.model import GPT
 from minigpt.tokenizer import END_TOKENS, FIRST_BYTE, Tokenizer
 
@@ -43,12 +44,13 @@ class KVCache:
 
 
 @torch.inference_mode()
-def decode(model: GPT, prompt: list[int], params: SamplingParams, num_rows: int = 1,
+def decode(model: GPT, prompt: list[int], params: SamplingParams, *, vocab_size: int, num_rows: int = 1,
            first_row: int = 0) -> Iterator[torch.Tensor]:
     """Continue one prompt `num_rows` times: yields the rows' next tokens, (B,) int64, max_new_tokens times.
 
-    Row i draws from a generator seeded by (seed, first_row + i). Special tokens other than the two that end a
-    document are never drawn. When the context is full, its second half is read again as a new beginning.
+    Row i draws from a generator seeded by (seed, first_row + i). Never drawn are special tokens other than the two
+    that end a document, and ids from the tokenizer's `vocab_size` on, where the model has more rows than that. When
+    the context is full, its second half is read again as a new beginning.
     """
     config, device = model.config, model.embedding.weight.device
     generators = [torch.Generator(device).manual_seed(_mixed(params.seed, first_row + row)) for row in range(num_rows)]
@@ -62,7 +64,7 @@ def decode(model: GPT, prompt: list[int], params: SamplingParams, num_rows: int 
             length = min(config.context_length, fresh.shape[1] + params.max_new_tokens)
             cache = KVCache(config, num_rows, length, device, model.embedding.weight.dtype)
         hidden = model.hidden(fresh, cache=cache)[:, -1]                                    # (B, C)
-        logits = model.head(hidden).float()
+        logits = model.head(hidden).float()[:, :vocab_size]                                 # (B, V)
         logits[:, :FIRST_BYTE].masked_fill_(never, -torch.inf)
         following = sampling.sample(logits, everything, params, generators)
         yield following
@@ -95,7 +97,7 @@ class Run:
         """The continuation in pieces, as it is drawn; a piece never ends within a character."""
         ids = self.encode_prompt(prompt)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for following in decode(self.model, ids, params, first_row=row):
+        for following in decode(self.model, ids, params, vocab_size=self.tokenizer.vocab_size, first_row=row):
             token = int(following)
             if token < FIRST_BYTE:
                 break
@@ -108,7 +110,7 @@ class Run:
         """`number` continuations of one prompt, decoded as one batch; sample i equals row i of `stream`."""
         ids = self.encode_prompt(prompt)
         rows, ended = [[] for _ in range(number)], [False] * number
-        for following in decode(self.model, ids, params, num_rows=number):
+        for following in decode(self.model, ids, params, vocab_size=self.tokenizer.vocab_size, num_rows=number):
             for row, token in enumerate(following.tolist()):
                 ended[row] = ended[row] or token < FIRST_BYTE
                 if not ended[row]:
@@ -134,7 +136,6 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Run:
     is missing or damaged.
     """
     found = checkpoint.find(path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = GPT(found.config.model).to(device).eval()
+    model = GPT(found.config.model).to(pick_device(device)).eval()
     found.load_model(model)
     return Run(model, found.tokenizer, found.config, found.path)

@@ -51,7 +51,9 @@ class NoNorm(nn.Module):
 class GeluMLP(nn.Module):
     """down(gelu(up(x)))"""
 
-    default_ratio = 4.0
+    @staticmethod
+    def default_width(C):
+        return 4 * C
 
     def __init__(self, config, width):
         super().__init__()
@@ -72,7 +74,9 @@ class SquaredReluMLP(GeluMLP):
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) · up(x))"""
 
-    default_ratio = 8 / 3
+    @staticmethod
+    def default_width(C):
+        return 32 * math.ceil(C / 12)                   # 8/3 C, rounded up to a multiple of 32
 
     def __init__(self, config, width):
         super().__init__()
@@ -157,11 +161,10 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         mlp = MLPS[config.mlp]
-        hidden = config.mlp_width or 32 * math.ceil(mlp.default_ratio * config.width / 32)
         self.attention_norm = NORMS[config.norm](config)
         self.attention = Attention(config, layer)
         self.mlp_norm = NORMS[config.norm](config)
-        self.mlp = mlp(config, hidden)
+        self.mlp = mlp(config, config.mlp_width or mlp.default_width(config.width))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, residual, *context):
@@ -221,11 +224,15 @@ class GPT(nn.Module):
         """(B, T) tokens to (B, T, C), normalised, ready for the head.
 
         `document_ids` (B, T) hides documents from one another; `positions` (T,) or (B, T) are 0 to T - 1 unless
-        given; with a `cache` (see `engine.KVCache`) the tokens go on where it ends.
+        given; with a `cache` (see `engine.KVCache`) the tokens go on where it ends. Raises ValueError for more tokens
+        than the context holds.
         """
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if end > self.config.context_length:
+            raise ValueError(f"{end} tokens are more than this model's context_length = {self.config.context_length}")
         if positions is None:
-            start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+            positions = torch.arange(start, end, device=tokens.device)
         if token_types is not None:
             raise ValueError("this model has no token types")
         x = self.dropout(self.positions.add(self.embedding(tokens), positions))
@@ -233,7 +240,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             x, residual = block(x, residual, self.positions.rotate, positions, causal, document_ids, cache)
         if cache is not None:
-            cache.length += tokens.shape[1]
+            cache.length = end
         return self.final_norm(x, residual)[0]
 
     def forward(self, tokens, **context):
@@ -247,13 +254,11 @@ class GPT(nn.Module):
     def flops_per_token(self, context_length: int | None = None) -> float:
         """Floating-point operations of a forward and backward pass per token: 6 N + 12 · depth · H · D · T.
 
-        N are the weights that multiply activations: all but the embeddings, and the head (arXiv 2204.02311,
-        appendix B). Causal attention is counted in full.
+        N are the weights of the linear layers, the head included; causal attention is counted in full
+        (arXiv 2204.02311, appendix B).
         """
         config = self.config
-        embeddings = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Embedding))
-        head = self.head.weight.numel()
-        N = self.num_parameters - embeddings + (head if config.tied_embeddings else 0)
+        N = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         return 6 * N + 12 * config.depth * config.num_heads * config.D * (context_length or config.context_length)
 
 

@@ -8,7 +8,7 @@ many small batches equal one big one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,7 +91,12 @@ class MaskedLM(CausalLM):
             masked, replaced = chosen & (fate < 0.8), chosen & (fate >= 0.8) & (fate < 0.9)
             inputs[number, masked] = self.tokenizer.special_tokens["<mask>"]
             inputs[number, replaced] = other[replaced]
-        return self._tensors(inputs, targets)
+        made = self._tensors(inputs, targets)
+        padding = made.inputs == self.tokenizer.special_tokens["<pad>"]
+        if not padding.any():
+            return made
+        ids = torch.zeros_like(made.inputs) if made.document_ids is None else made.document_ids
+        return replace(made, document_ids=ids.masked_fill(padding, -1))     # text does not see the padding behind it
 
     def losses(self, model, batch):
         hidden = model.hidden(batch.inputs, causal=False, document_ids=batch.document_ids)

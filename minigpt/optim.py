@@ -85,8 +85,9 @@ def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.o
 def schedule(step: int, max_steps: int, config: OptimConfig) -> float:
     """Part of the peak learning rate at a step, counted from 0.
 
-    Linear warm-up to 1; then "cosine": half a cosine down to `final_fraction` at the last step; "wsd": 1 until the
-    last `decay_fraction` of the steps, then a straight line down (arXiv 2404.06395).
+    Linear warm-up to 1; then "cosine": half a cosine down; "wsd": 1 until the last `decay_fraction` of the steps, then
+    a straight line down (arXiv 2404.06395). Both would reach `final_fraction` at step `max_steps`, just after the
+    last, so that no step is taken at a rate of 0.
     """
     warmup = min(config.warmup_steps, max_steps)
     if step < warmup:
@@ -94,7 +95,7 @@ def schedule(step: int, max_steps: int, config: OptimConfig) -> float:
     first = warmup if config.schedule == "cosine" else max(warmup, round(max_steps * (1 - config.decay_fraction)))
     if step < first:
         return 1.0
-    progress = (step + 1 - first) / max(1, max_steps - first)
+    progress = min(1.0, (step - first) / max(1, max_steps - first))
     fall = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.final_fraction + (1 - config.final_fraction) * fall
 
