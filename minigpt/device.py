@@ -8,7 +8,7 @@ import torch
 
 
 def pick_device(name: str | torch.device | None = "auto") -> torch.device:
-    """The named device; for "auto" or None CUDA where there is one, else the CPU. ValueError where it cannot be used."""
+    """The named device; for "auto" and None CUDA where there is one, else the CPU. Unusable: ValueError."""
     if name in ("auto", None):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

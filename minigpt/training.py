@@ -83,7 +83,8 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
 
     kernels.use(config.train.kernels)
     device = pick_device(config.train.device)
-    dtype_name = found.state["dtype"] if found and config.train.dtype == "auto" else pick_dtype(config.train.dtype, device)
+    wanted = found.state["dtype"] if found and config.train.dtype == "auto" else config.train.dtype
+    dtype_name = pick_dtype(wanted, device)
     dtype = getattr(torch, dtype_name)
     torch.manual_seed(config.train.seed)
 
