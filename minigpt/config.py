@@ -10,7 +10,9 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +60,10 @@ class DataConfig(Section):
     """Hide packed documents from one another in attention."""
     cache_dir: str = setting("")
     """Where tokenizers and shards are kept; empty: `minigpt` in the user's cache directory (XDG_CACHE_HOME)."""
+
+    def check(self):
+        if not self.path:
+            raise ValueError('path is empty; name a file or folder of text, or "stdlib"')
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,8 @@ class ModelConfig(Section):
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
         if self.position == "rotary" and self.D % 2:
-            raise ValueError(f"head_size = {self.D} is odd; rotary positions turn pairs, so make it even")
+            size = "head_size" if self.head_size else "width / num_heads"
+            raise ValueError(f"{size} = {self.D} is odd; rotary positions turn pairs, so make it even")
 
     @property
     def D(self) -> int:
@@ -150,7 +157,8 @@ PRESETS = {
     "gpt2-large": dict(GPT2, depth=36, width=1280, num_heads=20),
     "gpt2-xl": dict(GPT2, depth=48, width=1600, num_heads=25),
 }
-"""`[model] preset = NAME` starts from such a row. With a vocabulary of 4096 and of 50257 (GPT-2's) the parameters are:
+"""`[model] preset = NAME` starts from such a row; on the command line it replaces the file's [model].
+With a vocabulary of 4096 and of 50257 (GPT-2's) the parameters are:
 tiny 1.3M, small 5.8M, base 88M; gpt2 124M, gpt2-medium 355M, gpt2-large 774M, gpt2-xl 1.56B."""
 
 
@@ -279,7 +287,7 @@ def check_value(key, value, hint, metadata):
             raise ValueError(f"{key} takes a list of strings, not {value!r}")
         return value
     kinds = get_args(hint) or (hint,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+    if float in kinds and type(value) is int and abs(value) < 2**64:
         value = float(value)
     if type(value) not in kinds:
         names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
@@ -288,8 +296,8 @@ def check_value(key, value, hint, metadata):
     low, high, choices = metadata["low"], metadata["high"], metadata["choices"]
     if choices and value not in choices:
         raise ValueError(f"{key} = {value!r} is none of: {', '.join(choices)}")
-    if isinstance(value, float) and value != value:
-        raise ValueError(f"{key} = nan is not a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} = {value} is not a finite number")
     if low is not None and value is not None and value < low:
         raise ValueError(f"{key} = {value} is too small; the least is {low}")
     if high is not None and value is not None and value > high:
@@ -308,7 +316,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         near = difflib.get_close_matches(str(path), map(str, Path("configs").glob("*.toml")), n=1)
         raise FileNotFoundError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -318,9 +326,14 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     for section, values in tree.items():
         if not isinstance(values, dict):
             raise ValueError(f"{path}: {section} stands outside a section; sections are [{'], ['.join(SECTIONS)}]")
+        if section not in SECTIONS:
+            line = _line_of(text, section, next(iter(values), ""))
+            raise ValueError(f"{path}{line}: unknown section [{section}]{_nearest(section, SECTIONS)}")
         places |= {(section, key): f"{path}{_line_of(text, section, key)}: " for key in values}
-    for override in overrides:
-        section, key, value = _parse_override(override)
+    overrides = [_parse_override(override) for override in overrides]
+    if any((section, key) == ("model", "preset") for section, key, _ in overrides):
+        tree["model"] = {}                              # else the file's keys would hide the preset's
+    for section, key, value in overrides:
         tree.setdefault(section, {})[key] = value
         places[section, key] = "command line: "
     return make_config(tree, places)
@@ -349,15 +362,15 @@ def make_config(tree: dict[str, dict], places: Mapping[tuple[str, str], str] = M
         try:
             sections[section] = SECTIONS[section](**values)
         except ValueError as error:
-            files = sorted({place for (name, _), place in places.items() if name == section})
-            where = files[0].split(":")[0] + ": " if files else ""
-            raise ValueError(f"{where}[{section}] {error}") from None
+            words = set(re.findall(r"\w+", str(error)))
+            where = dict.fromkeys(place for (name, key), place in places.items() if name == section and key in words)
+            raise ValueError(f"{''.join(where)}[{section}] {error}") from None
     return Config(**sections)
 
 
 def _preset(values, place):
     name = values.pop("preset")
-    if name not in PRESETS:
+    if name not in list(PRESETS):
         raise ValueError(f"{place}unknown preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name] | values
 
@@ -368,12 +381,13 @@ def _nearest(name, known):
 
 
 def _line_of(text, section, key):
-    """":N", the line of a key in a TOML text, or nothing where it is written in some other way."""
+    """":N", the line of a key in TOML or JSON text, or nothing where it is written in some other way."""
+    name = rf"""["']?{re.escape(key)}["']?\s*[=:.]"""
     inside = False
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
+        if header := re.match(r"""\s*(?:\[\s*|(?="\w+"\s*:\s*\{))["']?([\w-]+)["']?\s*[\]:]""", line):
             inside = header[1] == section
-        elif inside and re.match(rf"""\s*["']?{re.escape(key)}["']?\s*=""", line):
+        elif re.match(rf"\s*{name}" if inside else rf"\s*{re.escape(section)}\s*\.\s*{name}", line):
             return f":{number}"
     return ""
 
@@ -388,10 +402,13 @@ def _parse_override(text):
     field = {f.name: f for f in dataclasses.fields(SECTIONS[section])}.get(key) if section in SECTIONS else None
     if field is not None and get_type_hints(SECTIONS[section])[key] is str:
         return section, key, value
+    if value == "null":                                 # as a run's config.json writes an absent key
+        return section, key, None
     try:
-        return section, key, tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         return section, key, value
+    return section, key, parsed["value"] if len(parsed) == 1 else value
 
 
 def field_docs(section: type[Section]) -> dict[str, str]:
@@ -407,7 +424,11 @@ def help_text() -> str:
     lines = []
     for section, factory in SECTIONS.items():
         lines.append(f"\n[{section}]")
+        if section == "model":
+            lines.append(f"  --model.preset=NAME\n        Start from a named model: {', '.join(PRESETS)}.")
         defaults = factory()
         for key, text in field_docs(factory).items():
-            lines.append(f"  --{section}.{key}={json.dumps(getattr(defaults, key))}\n        {text}")
+            default = getattr(defaults, key)
+            value = default if isinstance(default, str) else json.dumps(default)
+            lines.append(f"  --{section}.{key}={shlex.quote(value)}\n        {text}")
     return "\n".join(lines)

@@ -35,20 +35,18 @@ class Document:
         with open(self.path, "rb") as file:
             file.seek(self.start)
             position, rest = self.start, b""
-            while position < self.end or rest:
-                block = rest + file.read(min(PIECE_BYTES - len(rest), self.end - position - len(rest)))
-                last = position + len(block) >= self.end
-                cut = len(block) if last else _cut(block)
-                if not block:
+            while position < self.end:
+                size = min(PIECE_BYTES, self.end - position)
+                block = rest + file.read(size - len(rest))
+                if len(block) < size:
                     raise ValueError(f"{self.path}: shrank while it was read; start again")
+                cut = size if position + size == self.end else _cut(block)
                 try:
                     yield block[:cut].decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{self.path}: byte {position + error.start} is not UTF-8; convert the file, or "
                                      "leave it out with data.include") from None
                 position, rest = position + cut, block[cut:]
-                if last:
-                    return
 
 
 def _cut(block):
@@ -83,20 +81,25 @@ class Corpus:
 def open_corpus(path: str, *, include=("*",), val_path="", val_fraction=0.1) -> Corpus:
     """The documents of `path` (a file, a folder or "stdlib") in two splits.
 
-    With `val_path` that text is the validation split. Else, of several documents, those first in the order of their
-    names' SHA-256 are held out, as many as fit `val_fraction` of the bytes best; of a single document its last
-    `val_fraction` is. Raises FileNotFoundError or ValueError naming the path.
+    With `val_path` that text is the validation split, and its files are no training text. Else, of several documents,
+    each in the order of their names' SHA-256 is held out that brings the held-out bytes nearer to `val_fraction`; of a
+    single document its last `val_fraction` is. Raises FileNotFoundError or ValueError naming the path.
     """
     documents = list_documents(path, include)
     if val_path:
-        return Corpus(path, tuple(documents), tuple(list_documents(val_path, include)))
+        val = list_documents(val_path, include)
+        held_out = {document.path.resolve() for document in val}
+        train = [document for document in documents if document.path.resolve() not in held_out]
+        if not train:
+            raise ValueError(f"{path}: all of it is validation text, being in {val_path} too; change data.val_path")
+        return Corpus(path, tuple(train), tuple(val))
     total = sum(document.end for document in documents)
     if len(documents) == 1:
         train, val = _split_one(documents[0], val_fraction)
         return Corpus(path, (train,), (val,))
     target, held, val = val_fraction * total, 0, set()
-    for document in sorted(documents, key=lambda d: hashlib.sha256(d.name.encode()).digest()):
-        if held < target and held + document.end <= max(1.5 * target, held + 1):
+    for document in sorted(documents, key=lambda d: hashlib.sha256(os.fsencode(d.name)).digest()):
+        if abs(held + document.end - target) < abs(held - target) and len(val) < len(documents) - 1:
             val.add(document)
             held += document.end
     val = val or {min(documents, key=lambda document: document.end)}
@@ -129,7 +132,7 @@ def list_documents(path: str, include=("*",)) -> list[Document]:
         names = [name for name in names if (root / name).stat().st_size]
         hint = "this Python has no library sources; give a file or folder as data.path"
     else:
-        root = Path(path)
+        root = Path(path).expanduser()
         if root.is_file():
             root, names = root.parent, [root.name]
         elif root.is_dir():

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,7 @@ import numpy as np
 
 from minigpt.config import DataConfig, TokenizerConfig
 from minigpt.corpus import Corpus, Document, open_corpus
-from minigpt.files import sha256_of, write_durably
+from minigpt.files import locked, sha256_of, write_durably
 from minigpt.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 26
@@ -40,6 +41,8 @@ class Split:
     """(number of documents,) the token offset where each begins."""
     num_bytes: int
     """UTF-8 bytes of the raw text."""
+    name: str = "the text"
+    """What messages call it."""
 
     def __post_init__(self):
         object.__setattr__(self, "_starts", np.cumsum([0, *map(len, self.shards)]))
@@ -78,17 +81,19 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say=lambda line: None)
     corpus = open_corpus(data.path, include=data.include, val_path=data.val_path, val_fraction=data.val_fraction)
     cache = cache_directory(data.cache_dir)
     content = corpus.fingerprint()
-    trained = _tokenizer(corpus, content, tokenizer, cache, say)
-    directory = cache / "shards" / _key(FORMAT, content, trained.fingerprint)
-    try:
+    lock = cache / "locks" / _key(content)
+    with locked(lock, lambda: say(f"waiting for another process that prepares {corpus.name}")):
+        trained = _tokenizer(corpus, content, tokenizer, cache, say)
+        directory = cache / "shards" / _key(FORMAT, content, trained.fingerprint)
+        try:
+            return _open(directory, corpus.name, trained)
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            say(f"{error}; making the shards again")
+        say(f"tokenizing {sum(d.end - d.start for d in corpus.train + corpus.val) / 1e6:.1f} MB of {corpus.name}")
+        _write_shards(corpus, trained, directory)
         return _open(directory, corpus.name, trained)
-    except FileNotFoundError:
-        pass
-    except ValueError as error:
-        say(f"{error}; making the shards again")
-    say(f"tokenizing {sum(d.end - d.start for d in corpus.train + corpus.val) / 1e6:.1f} MB of {corpus.name}")
-    _write_shards(corpus, trained, directory)
-    return _open(directory, corpus.name, trained)
 
 
 def _key(*parts):
@@ -103,32 +108,56 @@ def _tokenizer(corpus, content, config, cache, say):
     directory = cache / "tokenizers" / _key(FORMAT, content, config.kind, config.vocab_size, config.sample_bytes)
     try:
         return Tokenizer.load(directory)
-    except (FileNotFoundError, ValueError):
-        say(f"training a tokenizer of {config.vocab_size} tokens on {corpus.name}")
-    trained = Tokenizer.train(_sample(corpus.train, config.sample_bytes), vocab_size=config.vocab_size)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        say(f"{error}; training it again")
+    say(f"training a tokenizer of {config.vocab_size} tokens on {corpus.name}")
+    trained = _interruptible(lambda: Tokenizer.train(_sample(corpus.train, config.sample_bytes),
+                                                     vocab_size=config.vocab_size))
     with _finished(directory) as unfinished:
         trained.save(unfinished)
     return trained
 
 
+def _interruptible(function):
+    """function(), on a thread of its own, so that Ctrl-C is heard while it works outside Python."""
+    outcome = {}
+
+    def call():
+        try:
+            outcome["result"] = function()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
+
+
 def _sample(documents: tuple[Document, ...], most: int) -> Iterator[str]:
     """All text, or, of more than `most` bytes, pieces evenly spread over it."""
-    part = min(1.0, most / sum(document.end - document.start for document in documents))
-    due = 0.0
+    total = sum(document.end - document.start for document in documents)
+    seen = taken = 0
     for document in documents:
         for piece in document.pieces():
-            due += part
-            if due >= 1 - 1e-9:
-                due -= 1
+            size = len(piece.encode())
+            if taken * total <= seen * most:            # the sample has not got ahead of its share of what is seen
+                taken += size
                 yield piece
+            seen += size
 
 
 class _finished:
-    """A directory that appears under its name only when the block has ended well."""
+    """A directory that appears under its name only when the block has ended well; one process at a time makes it."""
 
     def __init__(self, directory):
         self.directory = directory
-        self.unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
+        self.unfinished = directory.with_name(f".{directory.name}")
 
     def __enter__(self):
         shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -150,7 +179,14 @@ def _write_shards(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None
                  "vocab_size": tokenizer.vocab_size, "splits": {}}
         for split, documents in (("train", corpus.train), ("val", corpus.val)):
             index["splits"][split] = _write_split(documents, tokenizer, dtype, unfinished, split)
+        index["sha256"] = _checksum(index)
         write_durably(unfinished / "index.json", json.dumps(index).encode())
+
+
+def _checksum(index):
+    """SHA-256 of all else that stands in the index."""
+    content = {key: value for key, value in index.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_split(documents, tokenizer, dtype, directory, split):
@@ -199,14 +235,16 @@ def _open(directory: Path, name: str, tokenizer: Tokenizer) -> Dataset:
         raise FileNotFoundError(f"no shards in {directory}")
     try:
         index = json.loads(path.read_text("utf-8"))
-        splits = {split: _open_split(directory, index, index["splits"][split]) for split in ("train", "val")}
+        if index["sha256"] != _checksum(index):
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the one it names")
+        splits = {split: _open_split(directory, index, split, name) for split in ("train", "val")}
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r})") from None
     return Dataset(directory, name, tokenizer, **splits)
 
 
-def _open_split(directory, index, split):
-    dtype = np.dtype(index["dtype"]).newbyteorder("<")
+def _open_split(directory, index, name, corpus):
+    split, dtype = index["splits"][name], np.dtype(index["dtype"]).newbyteorder("<")
     shards = []
     for shard in split["shards"]:
         path = directory / shard["file"]
@@ -215,7 +253,7 @@ def _open_split(directory, index, split):
         if sha256_of(path) != shard["sha256"]:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one in index.json")
         shards.append(np.memmap(path, dtype, "r"))
-    return Split(shards, np.array(split["documents"], np.int64), split["bytes"])
+    return Split(shards, np.array(split["documents"], np.int64), split["bytes"], f"{corpus} ({name} split)")
 
 
 class Dealer:
@@ -229,7 +267,7 @@ class Dealer:
     def __init__(self, split: Split, length: int, *, extra: int, order: str, seed: int):
         usable = len(split) - extra
         if usable < length:
-            raise ValueError(f"the text has {len(split)} tokens, fewer than one context of {length + extra}; "
+            raise ValueError(f"{split.name} has {len(split)} tokens, fewer than one context of {length + extra}; "
                              "give more text or a smaller model.context_length")
         self.split, self.length, self.extra, self.order, self.seed = split, length, extra, order, seed
         whole_rows = usable // length if order == "documents" else (usable - length + 1) // length

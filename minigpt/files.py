@@ -1,9 +1,12 @@
-"""Files that a crash cannot leave half-written, and their checksums."""
+"""Files that a crash cannot leave half-written, their checksums, and locks between processes."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -38,3 +41,19 @@ def sync_file(path: Path) -> None:
 
 
 sync_directory = sync_file
+
+
+@contextmanager
+def locked(path: Path, on_wait=lambda: None) -> Iterator[None]:
+    """Only one process at a time is in this block; `on_wait` is called where another one is. A dead process holds none.
+
+    The file stays, empty: removing it could hand the lock to two.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -24,6 +24,7 @@ FIRST_BYTE = len(SPECIAL_TOKENS)
 MIN_VOCAB_SIZE = FIRST_BYTE + 256 + 1
 SPACE = "\u2581"
 """SentencePiece writes a space as this character, so the character itself is encoded as its three bytes."""
+SPACE_BYTES = [FIRST_BYTE + byte for byte in SPACE.encode()]
 RESERVED = "\0\t\u2581\u2585"
 """SentencePiece's trainer drops or splits texts with these; it is given the text between them."""
 MAX_ENCODE_CHARS = 1 << 20
@@ -39,21 +40,19 @@ class Tokenizer:
     """
 
     def __init__(self, kind: str, model: bytes = b""):
+        if kind not in ("bpe", "bytes"):
+            raise ValueError(f"tokenizer kind {kind!r} is none of: bpe, bytes")
         self.kind = kind
         self.special_tokens = dict(SPECIAL_TOKENS)
         self.document_start = SPECIAL_TOKENS["<s>"]
         self._model = model
         self.fingerprint = hashlib.sha256(kind.encode() + b"\0" + model).hexdigest()
         single_bytes = [bytes([value]) for value in range(256)]
-        if kind == "bytes":
-            self.token_bytes = [b""] * FIRST_BYTE + single_bytes
-        elif kind == "bpe":
+        self.token_bytes = [b""] * FIRST_BYTE + single_bytes
+        if kind == "bpe":
             self._processor = _processor(model)
-            pieces = map(self._processor.id_to_piece, range(FIRST_BYTE + 256, self._processor.get_piece_size()))
-            self.token_bytes = [b""] * FIRST_BYTE + single_bytes
+            pieces = map(self._processor.id_to_piece, range(len(self.token_bytes), self._processor.get_piece_size()))
             self.token_bytes += [piece.replace(SPACE, " ").encode() for piece in pieces]
-        else:
-            raise ValueError(f"tokenizer kind {kind!r} is none of: bpe, bytes")
         self.vocab_size = len(self.token_bytes)
 
     @classmethod
@@ -64,22 +63,22 @@ class Tokenizer:
         it, or a run of spaces; newlines and scripts do not split a word. Raises ValueError where `vocab_size` is out
         of the range that the text allows, with that range.
         """
-        if kind == "bytes":
-            return cls("bytes")
         if kind != "bpe":
-            raise ValueError(f"tokenizer kind {kind!r} is none of: bpe, bytes")
+            return cls(kind)
         if vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(f"vocab_size = {vocab_size} is too small; the least is {MIN_VOCAB_SIZE} "
                              f"({FIRST_BYTE} special tokens, 256 bytes and one character)")
-        documents = [_valid(document) for document in documents]
-        characters = Counter()
-        for document in documents:
+        if isinstance(documents, str):
+            raise ValueError("Tokenizer.train takes documents, each a str; put a single text in a list")
+        encoded, characters = [], Counter()
+        for document in documents:                      # kept as UTF-8: one emoji makes a str 4 bytes a character
+            encoded.append(_valid(document).encode())
             characters.update(document)
         if not characters:
             raise ValueError("the tokenizer's training text is empty")
         for kept in _kept(characters, vocab_size):
             left_out = re.compile("[" + re.escape("".join(characters.keys() - kept)) + RESERVED + "]")
-            texts = [part for document in documents for part in left_out.split(document) if part]
+            texts = (part for document in encoded for part in left_out.split(document.decode()) if part)
             tokenizer = cls("bpe", _train_sentencepiece(texts, vocab_size))
             if tokenizer.vocab_size == vocab_size:
                 break
@@ -94,27 +93,27 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
         """The ids of each text, on `num_threads` threads (0: every core)."""
+        texts = [_valid(text) for text in texts]
         if self.kind == "bytes":
-            return [[byte + FIRST_BYTE for byte in _valid(text).encode()] for text in texts]
-        num_threads = num_threads or os.cpu_count()
+            return [[byte + FIRST_BYTE for byte in text.encode()] for text in texts]
         if any(len(text) > MAX_ENCODE_CHARS or SPACE in text for text in texts):
-            return [self._encode_in_parts(text, num_threads) for text in texts]
-        try:
-            return self._processor.encode(texts, num_threads=num_threads)
-        except (RuntimeError, UnicodeEncodeError):
-            for text in texts:
-                _valid(text)
-            raise
+            return self._encode_in_parts(texts, num_threads or os.cpu_count())
+        return self._processor.encode(texts, num_threads=num_threads or os.cpu_count())
 
-    def _encode_in_parts(self, text, num_threads):
-        space_bytes = [FIRST_BYTE + byte for byte in SPACE.encode()]
-        ids = []
-        for index, stretch in enumerate(_valid(text).split(SPACE)):
-            if index:
-                ids += space_bytes
-            for part in self._processor.encode(_cut(stretch), num_threads=num_threads):
-                ids += part
-        return ids
+    def _encode_in_parts(self, texts, num_threads):
+        parts = [[_cut(stretch) for stretch in text.split(SPACE)] for text in texts]
+        flat = [part for stretches in parts for stretch in stretches for part in stretch]
+        encoded = iter(self._processor.encode(flat, num_threads=num_threads))
+        batch = []
+        for stretches in parts:
+            ids = []
+            for index, stretch in enumerate(stretches):
+                if index:
+                    ids += SPACE_BYTES
+                for _ in stretch:
+                    ids += next(encoded)
+            batch.append(ids)
+        return batch
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
@@ -122,10 +121,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for; unlike text they may end within a character."""
-        try:
-            return b"".join(map(self.token_bytes.__getitem__, ids))
-        except IndexError:
-            raise ValueError(f"a token id is not below the vocabulary's size of {self.vocab_size}") from None
+        ids = list(ids)
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"a token id is not in the vocabulary's range of 0 to {self.vocab_size - 1}")
+        return b"".join(map(self.token_bytes.__getitem__, ids))
 
     def save(self, directory: str | Path) -> None:
         """Write `settings.json` and, for BPE, SentencePiece's own `tokenizer.model`."""
@@ -195,13 +194,13 @@ def _kept(characters, vocab_size):
 
 
 def _cut(text):
-    """Pieces of at most MAX_ENCODE_CHARS characters, cut after a newline where the second half has one."""
+    """Pieces of 1 to MAX_ENCODE_CHARS characters, cut after a newline where the second half has one."""
     ends = [0]
     while len(text) - ends[-1] > MAX_ENCODE_CHARS:
         end = ends[-1] + MAX_ENCODE_CHARS
         newline = text.rfind("\n", end - MAX_ENCODE_CHARS // 2, end)
         ends.append(newline + 1 or end)
-    return [text[start:end] for start, end in pairwise([*ends, len(text)])]
+    return [text[start:end] for start, end in pairwise([*ends, len(text)]) if start < end]
 
 
 def _valid(text):
