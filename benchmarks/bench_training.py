@@ -1,4 +1,4 @@
-"""Time of a training step by phase: python -m benchmarks.bench_training configs/quickstart.toml [--section.key=value ...]
+"""Time of a training step by phase: python -m benchmarks.bench_training CONFIG [--section.key=value ...]
 
 Random tokens, the recipe's own shape, after three steps of warm-up. The last line of the output is one JSON object.
 """
