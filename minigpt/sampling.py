@@ -9,6 +9,9 @@ import torch
 
 from minigpt.config import SamplingParams
 
+GREEDY_BELOW = 1e-6
+"""A lower temperature is taken for 0: logits divided by it may overflow float32."""
+
 
 def repetition_penalty(logits: torch.Tensor, tokens: torch.Tensor, penalty: float) -> torch.Tensor:
     """Divide positive and multiply negative logits of the ids in `tokens` (B, N) by `penalty` (arXiv 1909.05858)."""
@@ -39,10 +42,10 @@ def top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def process(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """All of the above in order; `tokens` (B, N) are prompt and text so far. Temperature 0 ends after the penalty."""
+    """All of the above in order; `tokens` (B, N) are prompt and text so far. Greedy ends after the penalty."""
     if params.repetition_penalty != 1:
         logits = repetition_penalty(logits, tokens, params.repetition_penalty)
-    if params.temperature == 0:
+    if params.temperature < GREEDY_BELOW:
         return logits
     if params.temperature != 1:
         logits = temperature(logits, params.temperature)
@@ -57,7 +60,7 @@ def sample(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams,
            generators: list[torch.Generator]) -> torch.Tensor:
     """The next token of each row, (B,) int64; row i draws from generators[i]."""
     logits = process(logits, tokens, params)
-    if params.temperature == 0:
+    if params.temperature < GREEDY_BELOW:
         return logits.argmax(-1)
     probabilities = logits.softmax(-1)
     return torch.cat([torch.multinomial(row, 1, generator=generator)
