@@ -9,10 +9,10 @@ from minigpt.model import GPT
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Every parameter, norms and biases too, away from its initial value and large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.5
-        noise = torch.randn(parameter.shape, generator=generator) * scale
-        parameter.data.copy_(noise if parameter.dim() > 1 else noise + 1)
+        mean = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0     # 1: of a norm
+        parameter.data.copy_(mean + scale * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
