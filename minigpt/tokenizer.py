@@ -74,8 +74,11 @@ class Tokenizer:
         for document in documents:                      # kept as UTF-8: one emoji makes a str 4 bytes a character
             encoded.append(_valid(document).encode())
             characters.update(document)
+        for character in RESERVED:
+            del characters[character]
         if not characters:
             raise ValueError("the tokenizer's training text is empty")
+        encoded.append(b" ")                            # a space without an id would come back as SPACE
         for kept in _kept(characters, vocab_size):
             left_out = re.compile("[" + re.escape("".join(characters.keys() - kept)) + RESERVED + "]")
             texts = (part for document in encoded for part in left_out.split(document.decode()) if part)
@@ -183,9 +186,9 @@ def _kept(characters, vocab_size):
     """The characters that get ids of their own, as two sets to try.
 
     First the commonest 99.9 % of the text, in at most half of the free ids; then, for a text with too few merges to
-    fill the rest, all that there is room for.
+    fill the rest, all that there is room for. The space is always one of them.
     """
-    ranked = [character for character, _ in characters.most_common()]
+    ranked = [" ", *(character for character, _ in characters.most_common() if character != " ")]
     room, uncovered, common = vocab_size - FIRST_BYTE - 256, 0.001 * sum(characters.values()), len(ranked)
     while uncovered >= characters[ranked[common - 1]]:
         common -= 1
