@@ -15,7 +15,8 @@ from minigpt.tokenizer import FIRST_BYTE, MAX_ENCODE_CHARS, MIN_VOCAB_SIZE, SPEC
 
 CHINESE = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜金生丽水玉"
 NAMES = [*SPECIAL_TOKENS, "<0x41>", "<0x0A>", "<0xE2>"]
-BPE = Tokenizer.train([make_text(300), "def f(x):\n    return  x\r\n" * 9, "naïve café — 天地 👩‍👧 " * 9, *NAMES * 9], 600)
+BPE = Tokenizer.train([make_text(300), "def f(x):\n    return  x\r\n" * 9,
+                       "naïve café — 天地 👩‍👧 " * 9, *NAMES * 9], 600)
 BOTH = pytest.mark.parametrize("tokenizer", [BPE, Tokenizer.train((), kind="bytes")], ids=lambda it: it.kind)
 HARD = [
     "", " ", "  ", "\n", "\n\n\n", "\t", "\r\n\r\n", "\r", "\0", "a\0b", " a ", "\n a\n", " " * 1000,
@@ -187,7 +188,7 @@ def test_an_unknown_kind():
     assert "3 is none of: bpe, bytes" in fault(Tokenizer, 3)
 
 
-@pytest.mark.parametrize("text", [CHINESE * 9, CHINESE * 400 + " ", "x" * 50, "a\n" * 9], ids=lambda text: ascii(text[:3]))
+@pytest.mark.parametrize("text", [CHINESE * 9, CHINESE * 400 + " ", "x" * 50, "a\n" * 9], ids=lambda it: ascii(it[:3]))
 @pytest.mark.parametrize("vocab_size", [MIN_VOCAB_SIZE, MIN_VOCAB_SIZE + 1, MIN_VOCAB_SIZE + 40])
 def test_texts_with_few_spaces_or_none_keep_them(text, vocab_size):
     """Without an id of its own a space came back as U+2581."""
