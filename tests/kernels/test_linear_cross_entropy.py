@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from compare import STRIDES, assert_close, check_error_ratio, check_op, run_op, with_strides
 
 import kernels
+from kernels import reference
 
 N, C, V = 13, 6, 11
 
@@ -129,3 +130,34 @@ def test_float32_weight_with_bfloat16_hidden_keeps_its_dtype():
 def test_an_unknown_reduction_is_named():
     with pytest.raises(ValueError, match="reduction 'max' is none of: sum, mean, none"):
         kernels.linear_cross_entropy(*hidden_and_weight(), some_targets(), reduction="max")
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 5, 13])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_chunks_change_nothing(monkeypatch, rows_at_a_time, reduction):
+    monkeypatch.setattr(reference, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(reference, "CHUNK_ROWS", rows_at_a_time)
+    options = dict(label_smoothing=0.1, z_loss=0.1, softcap=3.0, reduction=reduction)
+    check_op(op(some_targets(), **options), formula(some_targets(), **options), hidden_and_weight(), 3e-6)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_input_gets_no_gradient_and_changes_no_other(frozen):
+    gradients = []
+    for frozen_now in (None, frozen):
+        inputs = [x.requires_grad_(number != frozen_now) for number, x in enumerate(hidden_and_weight())]
+        kernels.linear_cross_entropy(*inputs, some_targets(), reduction="sum").backward()
+        gradients.append([x.grad for x in inputs])
+    assert gradients[1][frozen] is None
+    assert torch.equal(gradients[0][1 - frozen], gradients[1][1 - frozen]) and gradients[0][1 - frozen].abs().sum() > 1
+
+
+def test_autocast_multiplies_in_bfloat16_and_sums_in_float32():
+    hidden, weight = (x.requires_grad_() for x in hidden_and_weight())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = kernels.linear_cross_entropy(hidden, weight, some_targets(), reduction="sum")
+    expected = F.cross_entropy((hidden.bfloat16() @ weight.bfloat16().T).float(), some_targets(), reduction="sum")
+    exact = kernels.linear_cross_entropy(hidden, weight, some_targets(), reduction="sum")
+    assert loss.dtype is torch.float32 and abs(loss - expected) < 1e-6 * expected < 1e-2 * abs(exact - expected)
+    loss.backward()
+    assert hidden.grad.dtype is weight.grad.dtype is torch.float32 and weight.grad.abs().sum() > 1
