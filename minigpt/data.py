@@ -113,8 +113,11 @@ def _tokenizer(corpus, content, config, cache, say):
     except ValueError as error:
         say(f"{error}; training it again")
     say(f"training a tokenizer of {config.vocab_size} tokens on {corpus.name}")
-    trained = _interruptible(lambda: Tokenizer.train(_sample(corpus.train, config.sample_bytes),
-                                                     vocab_size=config.vocab_size))
+    try:
+        trained = _interruptible(lambda: Tokenizer.train(_sample(corpus.train, config.sample_bytes),
+                                                         vocab_size=config.vocab_size))
+    except ValueError as error:
+        raise ValueError(f"{corpus.name}: {error}") from None
     with _finished(directory) as unfinished:
         trained.save(unfinished)
     return trained
@@ -238,7 +241,7 @@ def _open(directory: Path, name: str, tokenizer: Tokenizer) -> Dataset:
         if index["sha256"] != _checksum(index):
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one it names")
         splits = {split: _open_split(directory, index, split, name) for split in ("train", "val")}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r})") from None
     return Dataset(directory, name, tokenizer, **splits)
 
@@ -271,8 +274,8 @@ class Dealer:
                              "give more text or a smaller model.context_length")
         self.split, self.length, self.extra, self.order, self.seed = split, length, extra, order, seed
         whole_rows = usable // length if order == "documents" else (usable - length + 1) // length
-        self.rows_per_epoch = max(1, whole_rows)                # windows: as many as fit at every offset
-        self._offsets = min(length, usable - self.rows_per_epoch * length + 1)
+        self.rows_per_epoch = max(1, whole_rows)                # windows: some room is left, so that offsets differ
+        self._offsets = usable - self.rows_per_epoch * length + 1
         self._epoch = None
 
     def rows(self, first: int, count: int) -> np.ndarray:
