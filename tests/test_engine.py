@@ -188,9 +188,8 @@ def token(character):
 def test_special_tokens_are_never_drawn():
     model = constant_model({0: 9.0, 3: 9.0, 4: 9.0, token("a"): 1.0, token("b"): 0.0})
     assert ids(model, [START], GREEDY) == [token("a")] * 15
-    for seed in range(5):
-        assert set(ids(model, [START], SamplingParams(temperature=1.0, top_k=2, top_p=1.0, seed=seed))) == {
-            token("a"), token("b")}
+    drawn = set(ids(model, [START], SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=200)))
+    assert drawn >= {token("a"), token("b")} and not drawn & {0, 3, 4}
 
 
 def test_rows_of_the_model_without_a_token_are_never_drawn():

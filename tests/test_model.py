@@ -177,6 +177,22 @@ def test_dropout_acts_in_training_only(monkeypatch):
     assert torch.equal(plain(tokens()), plain.eval()(tokens()))
 
 
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_dropout_stands_behind_the_embedding_and_every_sub_layer(norm_position):
+    """Each dropout is given what the embedding, an attention or an MLP has put out."""
+    model = random_model(dropout=0.2, norm_position=norm_position)
+    put_out, dropped = [model.embedding(tokens())], []
+    for block in model.blocks:
+        for layer in (block.attention, block.mlp):
+            layer.register_forward_hook(lambda module, inputs, output: put_out.append(output))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, inputs, output: dropped.append((module.p, *inputs)))
+    model(tokens())
+    assert [p for p, _ in dropped] == [0.2] * (1 + 2 * len(model.blocks))
+    assert all(torch.equal(x, y) for (_, x), y in zip(dropped, put_out, strict=True))
+
+
 def test_bfloat16_autocast_is_near_float32():
     model = random_model()
     exact = model(tokens())

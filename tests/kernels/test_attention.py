@@ -47,6 +47,11 @@ def test_masks(T, S, causal, window):
     check(qkv(T=T, S=S), causal=causal, window=window)
 
 
+@pytest.mark.parametrize("window", [6, 7, 8])
+def test_windows_about_as_long_as_the_text(window):
+    check(qkv(), causal=True, window=window)
+
+
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_do_not_see_one_another(causal, window):
