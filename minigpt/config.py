@@ -74,8 +74,9 @@ class TokenizerConfig(Section):
     """"bpe": SentencePiece byte-pair encoding with byte fallback; "bytes": one token a byte."""
     vocab_size: int = setting(4096, low=262, high=1_000_000)
     """Tokens of a BPE vocabulary: 5 special ones, 256 bytes, then characters and merges."""
-    sample_bytes: int = setting(64_000_000, low=1000)
-    """Text that a BPE is learnt from, in bytes; of a larger corpus, evenly spread pieces are taken."""
+    sample_bytes: int = setting(24_000_000, low=1000)
+    """Text that a BPE is learnt from, in bytes; of a larger corpus, evenly spread pieces are taken. Learning takes up to
+    30 bytes of memory for each (Chinese, where a word is a whole line or more)."""
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; `decode` gives the very same text back. A lone surrogate raises ValueError."""
+        if self.kind == "bpe" and len(_valid(text)) <= MAX_ENCODE_CHARS and SPACE not in text:
+            return self._processor.encode(text)         # without the thread that a batch is handed to
         return self.encode_batch([text], num_threads=1)[0]
 
     def encode_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
