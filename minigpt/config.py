@@ -75,8 +75,8 @@ class TokenizerConfig(Section):
     vocab_size: int = setting(4096, low=262, high=1_000_000)
     """Tokens of a BPE vocabulary: 5 special ones, 256 bytes, then characters and merges."""
     sample_bytes: int = setting(24_000_000, low=1000)
-    """Text that a BPE is learnt from, in bytes; of a larger corpus, evenly spread pieces are taken. Learning takes up to
-    30 bytes of memory for each (Chinese, where a word is a whole line or more)."""
+    """Text that a BPE is learnt from, in bytes; of a larger corpus, evenly spread pieces are taken. Learning takes
+    up to 30 bytes of memory for each (Chinese, where a word is a whole line or more)."""
 
 
 @dataclass(frozen=True)
