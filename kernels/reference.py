@@ -159,6 +159,7 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, label_sm
     """
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction {reduction!r} is none of: sum, mean, none")
+
     def losses_of(logits, targets):
         logits = logits.float()                                                     # (N, V)
         if softcap is not None:
@@ -173,6 +174,8 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, label_sm
     rows, flat = hidden.flatten(0, -2), targets.flatten()                           # (N, C), (N,)
     if reduction == "none":
         return losses_of(F.linear(rows, weight.to(rows.dtype)), flat).view(targets.shape)
+    if not torch.is_grad_enabled():
+        rows, weight = rows.detach(), weight.detach()           # or gradients were made that nobody asks for
     with torch.autocast(device, enabled=False):
         total = _SumInChunks.apply(rows, weight, flat, losses_of)
     return total if reduction == "sum" else total / (flat != ignore_index).sum().clamp(min=1)
