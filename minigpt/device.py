@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12,
+              "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+"""Dense 16-bit peaks from the vendors' data sheets, in FLOP/s."""
 
 
 def pick_device(name: str | torch.device | None = "auto") -> torch.device:
@@ -38,3 +43,11 @@ def product_seconds(dtype: torch.dtype) -> float:
         a @ a
         times.append(time.perf_counter() - began)
     return min(times[1:])
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The data sheet's dense 16-bit peak of a GPU in FLOP/s, None where it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)), None)

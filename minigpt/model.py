@@ -260,16 +260,3 @@ class GPT(nn.Module):
         config = self.config
         N = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         return 6 * N + 12 * config.depth * config.num_heads * config.D * (context_length or config.context_length)
-
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12,
-              "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
-"""Dense 16-bit peaks from the vendors' data sheets, in FLOP/s."""
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The data sheet's 16-bit peak of a GPU, None where it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

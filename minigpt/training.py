@@ -26,11 +26,11 @@ import kernels
 from minigpt import checkpoint
 from minigpt.config import Config, SamplingParams
 from minigpt.data import Dealer, prepare
-from minigpt.device import pick_device, pick_dtype
+from minigpt.device import peak_flops, pick_device, pick_dtype
 from minigpt.engine import Run
 from minigpt.evaluate import Stopped, evaluate
 from minigpt.files import write_durably
-from minigpt.model import GPT, peak_flops
+from minigpt.model import GPT
 from minigpt.objectives import make_objective
 from minigpt.optim import make_optimizers, schedule, set_learning_rate
 from minigpt.progress import Progress, duration
@@ -211,15 +211,13 @@ def train_step(model, objective, batches, optimizers, scaler, grad_clip, autocas
         result |= means
     if not math.isfinite(result["train_loss"]):
         result["skipped"] = f"the loss is {result['train_loss']}"
-    elif not math.isfinite(norm) and not scaler.is_enabled():
-        result["skipped"] = f"the gradient's norm is {norm}"
-    else:
+    elif math.isfinite(norm):
         for optimizer in optimizers:
-            scaler.step(optimizer)                      # a float16 gradient that overflowed is skipped in here
+            scaler.step(optimizer)
+    elif not scaler.is_enabled() or scaler.get_scale() <= 1:
+        result["skipped"] = f"the gradient's norm is {norm}"
     if scaler.is_enabled():
-        if not math.isfinite(norm) and scaler.get_scale() <= 1:
-            result["skipped"] = f"the gradient's norm is {norm} at the least loss scale"
-        scaler.update()
+        scaler.update()                                 # where a gradient overflowed, to half the loss scale
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return result

@@ -3,14 +3,19 @@
 import io
 import json
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_text
 from tiny import tiny_config
 
 from minigpt import checkpoint, engine, objectives, training
-from minigpt.optim import schedule
+from minigpt.model import GPT
+from minigpt.optim import make_optimizers, schedule
+from minigpt.tokenizer import Tokenizer
 
 
 def run_lines(config, **options):
@@ -32,8 +37,9 @@ def saved_steps(run):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_it_learns(tmp_path, text_file, objective, optimizer):
     """The validation loss ends well below that of guessing every token by its frequency alone."""
+    steps = {"causal": 120, "masked": 300}[objective]   # a masked row has a seventh of the targets
     config = tiny_config(tmp_path, text_file, f"--objective.name={objective}", f"--optim.name={optimizer}",
-                         "--train.max_steps=150", "--train.eval_every=75", "--train.batch_size=16",
+                         f"--train.max_steps={steps}", f"--train.eval_every={steps // 2}", "--train.batch_size=16",
                          "--optim.learning_rate=0.01")
     closing, _ = run_lines(config)
     val_loss = [record["val_loss"] for record in metrics_of(config) if "val_loss" in record]
@@ -41,7 +47,7 @@ def test_it_learns(tmp_path, text_file, objective, optimizer):
     counts = torch.bincount(torch.tensor(run.tokenizer.encode(text_file.read_text("utf-8")))).double()
     frequencies = counts[counts > 0] / counts.sum()
     unigram = -(frequencies * frequencies.log()).sum().item()
-    assert len(val_loss) == 2 and val_loss[-1] < (0.6 if objective == "causal" else 0.95) * unigram
+    assert len(val_loss) == 2 and val_loss[-1] < (0.6 if objective == "causal" else 0.9) * unigram
     unit = "bits per byte" if objective == "causal" else "nats per target"
     assert closing.startswith("final: ") and closing.endswith(unit)
 
@@ -251,3 +257,28 @@ def test_unknown_device_and_kernels_that_cannot_run(tmp_path, text_file):
         run_lines(tiny_config(tmp_path, text_file, "--train.device=gpu"))
     with pytest.raises(ValueError, match="triton"):
         run_lines(tiny_config(tmp_path, text_file, "--train.kernels=triton"))
+
+
+def test_one_overflow_holds_back_every_optimizer(tmp_path, text_file):
+    """An infinite gradient of one optimizer's parameter let the other optimizer step, on gradients clipped to zero."""
+    config = tiny_config(tmp_path, text_file)
+    torch.manual_seed(0)
+    model = GPT(replace(config.model, vocab_size=300))
+    optimizers = make_optimizers(model, config.optim)
+    objective = objectives.CausalLM(config, Tokenizer("bytes"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    batch = objective.batch(np.random.default_rng(0).integers(5, 261, (4, 33)), 0)
+
+    def step():
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        result = training.train_step(model, objective, [batch], optimizers, scaler, 1.0, nullcontext,
+                                     torch.device("cpu"))
+        return result, [torch.equal(a, b) for a, b in zip(before, model.parameters())]
+
+    assert not any(step()[1])
+    handle = model.embedding.weight.register_hook(lambda grad: grad * math.inf)
+    result, same = step()
+    assert all(same) and result["grad_norm"] == math.inf and "skipped" not in result
+    assert scaler.get_scale() == 2.0
+    handle.remove()
+    assert not any(step()[1])
