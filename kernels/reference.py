@@ -160,57 +160,79 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, label_sm
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction {reduction!r} is none of: sum, mean, none")
 
-    def losses_of(logits, targets):
-        logits = logits.float()                                                     # (N, V)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing,
-                                 reduction="none")
-        return losses + z_loss * (logits.logsumexp(-1).square() * (targets != ignore_index)) if z_loss else losses
-
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     rows, flat = hidden.flatten(0, -2), targets.flatten()                           # (N, C), (N,)
-    if reduction == "none":
-        return losses_of(F.linear(rows, weight.to(rows.dtype)), flat).view(targets.shape)
-    if not torch.is_grad_enabled():
-        rows, weight = rows.detach(), weight.detach()           # or gradients were made that nobody asks for
     with torch.autocast(device, enabled=False):
-        total = _SumInChunks.apply(rows, weight, flat, losses_of)
+        if reduction == "none":
+            losses = _cross_entropies(rows, weight, flat, ignore_index, label_smoothing, z_loss, softcap)
+            return losses.view(targets.shape)
+        if not torch.is_grad_enabled():
+            rows, weight = rows.detach(), weight.detach()       # or gradients were made that nobody asks for
+        total = _SumInChunks.apply(rows, weight, flat, ignore_index, label_smoothing, z_loss, softcap)
     return total if reduction == "sum" else total / (flat != ignore_index).sum().clamp(min=1)
 
 
-class _SumInChunks(torch.autograd.Function):
-    """The sum of losses_of(hidden · weightᵀ, targets), some rows at a time, with both gradients made on the way.
+def _cross_entropies(hidden, weight, targets, ignore_index, label_smoothing, z_loss, softcap):
+    """The loss of each target, (N,), with all logits at once."""
+    logits = F.linear(hidden, weight.to(hidden.dtype)).float()                      # (N, V)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing,
+                             reduction="none")
+    return losses + z_loss * (logits.logsumexp(-1).square() * (targets != ignore_index)) if z_loss else losses
 
-    A chunk's logits are dropped before the next one's are made: memory does not grow with N, and between their
-    softmax, its gradient and the products that read it they stay in the cache.
+
+class _SumInChunks(torch.autograd.Function):
+    """The sum of `_cross_entropies`, some rows at a time, with both gradients made on the way.
+
+    A chunk's logits become, in place, their softmax and then their gradient, and are dropped before the next chunk's
+    are made: memory does not grow with N, and they stay in the cache. With lse = logsumexp(z), e = label_smoothing:
+
+        loss = lse - (1 - e) z_y - e mean(z) + z_loss lse²
+        d loss / d z = softmax(z) (1 + 2 z_loss lse) - (1 - e) [at y] - e / V,  times 1 - (z / c)² under a softcap c
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, losses_of):
-        matrix = weight.to(hidden.dtype)
+    def forward(ctx, hidden, weight, targets, ignore_index, label_smoothing, z_loss, softcap):
+        V, matrix = len(weight), weight.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        size = max(CHUNK_ROWS, CHUNK_LOGITS // len(weight))
+        size = max(CHUNK_ROWS, CHUNK_LOGITS // V)
         for start in range(0, len(hidden), size):
-            rows, chunk = hidden[start:start + size], targets[start:start + size]
-            logits = rows @ matrix.T                                                # (n, V)
-            with torch.set_grad_enabled(any(ctx.needs_input_grad)):
-                loss = losses_of(logits.requires_grad_(torch.is_grad_enabled()), chunk).sum()
-            total += loss.detach()
-            if loss.requires_grad:
-                logits_grad, = torch.autograd.grad(loss, logits)
-                if hidden_grad is not None:
-                    torch.mm(logits_grad, matrix, out=hidden_grad[start:start + size])
-                if weight_grad is not None:
-                    weight_grad += logits_grad.T @ rows
+            rows, target = hidden[start:start + size], targets[start:start + size, None]    # (n, C), (n, 1)
+            counts = target != ignore_index
+            target = target.where(counts, 0)
+            z = (rows @ matrix.T).float()                                           # (n, V)
+            if softcap is not None:
+                z.div_(softcap).tanh_()
+                slope = 1 - z.square()
+                z.mul_(softcap)
+            top, picked = z.amax(-1, keepdim=True), z.gather(1, target)             # (n, 1)
+            mean = z.mean(-1, keepdim=True) if label_smoothing else 0.0
+            sums = z.sub_(top).exp_().sum(-1, keepdim=True)
+            lse = sums.log() + top
+            loss = lse - (1 - label_smoothing) * picked - label_smoothing * mean + z_loss * lse.square()
+            total += loss.where(counts, 0.0).sum()
+            if hidden_grad is None and weight_grad is None:
+                continue
+            z.mul_(counts * (1 + 2 * z_loss * lse) / sums)
+            z.scatter_add_(1, target, counts * (label_smoothing - 1.0))
+            if label_smoothing:
+                z.sub_(counts * (label_smoothing / V))
+            if softcap is not None:
+                z.mul_(slope)
+            z = z.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(z, matrix, out=hidden_grad[start:start + size])
+            if weight_grad is not None:
+                weight_grad += z.T @ rows
         ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(x if x is None else grad.to(x.dtype) * x for x in ctx.saved_tensors), None, None
+        return *(x if x is None else grad.to(x.dtype) * x for x in ctx.saved_tensors), *[None] * 5
