@@ -10,7 +10,8 @@ INSTALLED := .venv/.installed
 
 quickstart: $(INSTALLED)
 	@$(BIN)/python train.py configs/quickstart.toml --resume
-	@$(BIN)/python sample.py runs/quickstart --prompt "def main(" --num-samples 3
+	@$(BIN)/python sample.py runs/quickstart --prompt "    def __init__(self, name" --num-samples 3 \
+		--temperature 0.75 --top-p 0.9 --repetition-penalty 1.1
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q -n 2 -m "not serial"

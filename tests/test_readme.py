@@ -73,7 +73,7 @@ def test_every_command_works(checkout):
 
 
 def test_the_quickstart_is_what_make_runs(checkout):
-    recipe = run(checkout, ["make", "-n", "quickstart"]).stdout
+    recipe = run(checkout, ["make", "-n", "quickstart"]).stdout.replace("\\\n", "")
     lines = [line for line in recipe.splitlines() if "train.py" in line or "sample.py" in line]
     assert len(lines) == 2
     for line, more in zip(lines, (SHORT, [])):
