@@ -35,9 +35,9 @@ from minigpt.objectives import make_objective
 from minigpt.optim import make_optimizers, schedule, set_learning_rate
 from minigpt.progress import Progress, duration
 
-FIXED_ON_RESUME = ("data", "tokenizer", "model", "objective", "train.seed", "train.batch_size",
-                   "train.accumulation_steps", "optim.name")
-"""Settings that a resumed run must share with the run as it was begun."""
+FIXED_ON_RESUME = ("data.order", "data.document_mask", "tokenizer", "model", "objective", "train.seed",
+                   "train.batch_size", "train.accumulation_steps", "optim.name")
+"""Settings that a resumed run must share with the run as it was begun. The text may have moved, not changed."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
 
     dataset = prepare(config.data, config.tokenizer, say)
     tokenizer = found.tokenizer if found else dataset.tokenizer
-    if tokenizer.fingerprint != dataset.tokenizer.fingerprint:
+    if found and found.state["dataset"] != dataset.directory.name:
         raise ValueError(f"{run}: the text or the tokenizer at {config.data.path} is not the one this run began with; "
                          "restore it, or begin anew in another train.run_dir")
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
@@ -118,8 +118,8 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
         return torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext()
 
     def save():
-        loop = {"loop": dataclasses.asdict(state), "dtype": dtype_name, "scaler": scaler.state_dict(),
-                "random": random_state(device)}
+        loop = {"loop": dataclasses.asdict(state), "dataset": dataset.directory.name, "dtype": dtype_name,
+                "scaler": scaler.state_dict(), "random": random_state(device)}
         checkpoint.save(run / "checkpoints", state.step, model=model, optimizers=optimizers, state=loop,
                         config=config, tokenizer=tokenizer)
         checkpoint.prune(run, config.train.keep_last, state.best_step if config.train.keep_best else None)
@@ -247,8 +247,8 @@ def check_same_run(found: checkpoint.Checkpoint, config: Config) -> None:
     for place in FIXED_ON_RESUME:
         section, _, only = place.partition(".")
         for key in [only] if only else now[section]:
-            if (section, key) in (("model", "vocab_size"), ("data", "cache_dir")):
-                continue                                # the first is filled in by the run, the second a mere place
+            if (section, key) in (("model", "vocab_size"), ("tokenizer", "path")):
+                continue                                # the run fills in the first; the second is a mere place
             if before[section][key] != now[section][key]:
                 raise ValueError(f"{section}.{key} = {now[section][key]!r}, but {found.path.parent.parent} was begun "
                                  f"with {before[section][key]!r}; restore it, or begin anew in another train.run_dir")

@@ -226,6 +226,22 @@ def test_resume_refuses_another_text(tmp_path, text_file):
         run_lines(tiny_config(tmp_path, text, "--train.max_steps=20"), resume=True)
 
 
+def test_resume_takes_the_same_text_from_another_place(tmp_path, text_file):
+    run_lines(tiny_config(tmp_path, text_file))
+    (tmp_path / "moved.txt").write_bytes(text_file.read_bytes())
+    config = tiny_config(tmp_path, tmp_path / "moved.txt", "--train.max_steps=14")
+    run_lines(config, resume=True)
+    assert metrics_of(config)[-1]["step"] == 14
+
+
+def test_resume_refuses_another_split_of_the_text(tmp_path, text_file):
+    """Held-out text of the first part of a run would be training text of the second."""
+    run_lines(tiny_config(tmp_path, text_file, "--tokenizer.kind=bytes"))
+    with pytest.raises(ValueError, match="text or the tokenizer .* is not the one this run began with"):
+        run_lines(tiny_config(tmp_path, text_file, "--tokenizer.kind=bytes", "--train.max_steps=20",
+                              "--data.val_fraction=0.05"), resume=True)
+
+
 def test_a_longer_run_goes_on_from_the_end_of_a_shorter(tmp_path, text_file):
     run_lines(tiny_config(tmp_path, text_file))
     config = tiny_config(tmp_path, text_file, "--train.max_steps=20")
