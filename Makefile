@@ -4,7 +4,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := .venv/.installed
+TESTS_INSTALLED := .venv/.tests-installed
 
 .PHONY: quickstart test lint clean
 
@@ -13,18 +15,22 @@ quickstart: $(INSTALLED)
 	@$(BIN)/python sample.py runs/quickstart --prompt "    def __init__(self, name" --num-samples 3 \
 		--temperature 0.75 --top-p 0.9 --repetition-penalty 1.1
 
-test: $(INSTALLED) lint
+test: $(TESTS_INSTALLED) lint
 	$(BIN)/python -m pytest -q -n 2 -m "not serial"
 	$(BIN)/python -m pytest -q -m serial
 
-lint: $(INSTALLED)
+lint: $(TESTS_INSTALLED)
 	$(BIN)/ruff check .
 
 # torch is installed first and pinned, so that no dependency of another package picks its release
 $(INSTALLED): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,dev]"
+	$(PIP) torch
+	$(PIP) --editable .
+	@touch $@
+
+$(TESTS_INSTALLED): $(INSTALLED)
+	$(PIP) --editable ".[test,dev]"
 	@touch $@
 
 clean:

@@ -3,7 +3,13 @@
 from setuptools import setup
 
 EXTRAS = {
-    "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "transformers>=5,<6", "tokenizers"],
+    "serve": ["fastapi", "uvicorn"],
+    "track": ["tensorboard", "wandb"],
+    "eval": ["sacrebleu", "rouge-score", "lm-eval"],
+    "ui": ["rich"],
+    "viz": ["matplotlib"],
+    "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "transformers>=5,<6", "tokenizers",
+             "tiktoken", "peft", "sacrebleu", "rouge-score", "scikit-learn"],
     "dev": ["ruff"],
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import TINY
 
-from minigpt import cli
+from minigpt import checkpoint, cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,6 +132,10 @@ def test_an_interrupt_saves_and_prints_the_command_that_goes_on(tmp_path, text_f
     assert child.returncode == 128 + number and "Traceback" not in err
     command = out.splitlines()[-1].removeprefix("go on with: ")
     stopped_at = len(metrics.read_text().splitlines())
+    assert command.endswith("--resume") and f"stopped at step {stopped_at}, saved" in out
+    assert checkpoint.find(tmp_path / "run").state["loop"]["step"] == stopped_at
+    if number == signal.SIGTERM:
+        return
     again = subprocess.run(shlex.split(command.replace("max_steps=100000", f"max_steps={stopped_at + 5}")),
                            capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
     assert again.returncode == 0 and "going on from" in again.stdout
