@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -57,3 +57,23 @@ def locked(path: Path, on_wait=lambda: None) -> Iterator[None]:
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Hold a directory, made where there is none, for this process alone; ValueError where another process holds it.
+
+    The lock is the kernel's, so a crash leaves none behind. A directory that is still empty at the end is removed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{directory} is in use by another process; wait for it or stop it") from None
+        yield
+    finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            directory.rmdir()

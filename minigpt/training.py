@@ -29,7 +29,7 @@ from minigpt.data import Dealer, prepare
 from minigpt.device import peak_flops, pick_device, pick_dtype
 from minigpt.engine import Run
 from minigpt.evaluate import Stopped, evaluate
-from minigpt.files import write_durably
+from minigpt.files import held, write_durably
 from minigpt.model import GPT
 from minigpt.objectives import make_objective
 from minigpt.optim import make_optimizers, schedule, set_learning_rate
@@ -72,10 +72,17 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
     Progress goes to `out`, standard output unless given. Raises ValueError or OSError for what a user can mend,
     Interrupted after SIGINT or SIGTERM.
     """
-    began = time.monotonic()
-    progress = Progress(out)
-    say = progress.say
     run = Path(config.train.run_dir)
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file; name another train.run_dir")
+    with held(run):
+        return train_in(run, config, resume, Progress(out))
+
+
+def train_in(run: Path, config: Config, resume: bool, progress: Progress) -> str:
+    """`train` in a run directory that this process holds."""
+    began = time.monotonic()
+    say = progress.say
     found = open_run(run, config, resume, say)
     if found and is_finished(found, config):
         say(f"{run} is finished: step {found.state['loop']['step']}; a larger train.max_steps goes on")
@@ -225,9 +232,7 @@ def train_step(model, objective, batches, optimizers, scaler, grad_clip, autocas
 
 def open_run(run: Path, config: Config, resume: bool, say) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, or None for a new run. Refuses to write over a run, and to resume another one."""
-    if run.exists() and not run.is_dir():
-        raise ValueError(f"{run} is a file; name another train.run_dir")
-    if not run.is_dir() or not any(run.iterdir()):
+    if not any(run.iterdir()):
         return None
     if not resume:
         raise ValueError(f"{run} is not empty; go on with --resume, or name another train.run_dir")
@@ -282,7 +287,6 @@ def random_state(device: torch.device) -> dict[str, str]:
 
 def start_files(run: Path, config: Config, tokenizer, step: int) -> None:
     """Write config and tokenizer, and cut the logs back to `step`."""
-    run.mkdir(parents=True, exist_ok=True)
     write_durably(run / "config.json", config.to_json().encode())
     tokenizer.save(run / "tokenizer")
     for name in ("metrics.jsonl", "samples.jsonl"):

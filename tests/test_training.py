@@ -3,8 +3,12 @@
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -298,3 +302,18 @@ def test_one_overflow_holds_back_every_optimizer(tmp_path, text_file):
     assert scaler.get_scale() == 2.0
     handle.remove()
     assert not any(step()[1])
+
+
+def test_a_run_that_another_process_holds_is_refused(tmp_path, text_file):
+    """Two processes wrote into one run; the lock goes with the process, however it ends."""
+    config = tiny_config(tmp_path, text_file)
+    code = f"import time; from pathlib import Path; from minigpt.files import held\n" \
+           f"with held(Path({str(tmp_path / 'run')!r})):\n print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONPATH": str(Path(training.__file__).parent.parent)})
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="in use by another process"):
+        run_lines(config)
+    holder.kill()
+    holder.communicate()
+    assert run_lines(config)[0].startswith("final: ")
