@@ -3,7 +3,10 @@
 Decoding is minigpt/engine.py and minigpt/sampling.py; `python sample.py --help` lists every flag.
 """
 
-from minigpt.cli import sample
-
 if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports: no traceback
+    from minigpt.cli import sample
+
     sample()

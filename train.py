@@ -3,7 +3,10 @@
 The loop is minigpt/training.py; `python train.py --help` lists every setting.
 """
 
-from minigpt.cli import train
-
 if __name__ == "__main__":
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports: no traceback
+    from minigpt.cli import train
+
     train()

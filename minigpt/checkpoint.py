@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from minigpt.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+NAME = re.compile(r"step-\d{8,}")
 UNFINISHED = ".unfinished"
 """Name of the directory in which a checkpoint is written before it gets its own."""
 
@@ -114,6 +116,18 @@ def save(checkpoints: Path, step: int, *, model, optimizers, state: dict, config
     path, unfinished = checkpoints / f"step-{step:08d}", checkpoints / UNFINISHED
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
+    try:
+        _write(unfinished, model, optimizers, state, config, tokenizer)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"{path} could not be saved ({error}); the checkpoints before it are as they were") from None
+    delete(path)                                        # there is one only where this step's evaluation came after it
+    os.replace(unfinished, path)
+    sync_directory(checkpoints)
+    return path
+
+
+def _write(unfinished, model, optimizers, state, config, tokenizer):
     save_file(_contiguous(model_tensors(model)), unfinished / "model.safetensors")
     save_file(_contiguous(optimizer_tensors(model, optimizers)), unfinished / "optimizer.safetensors")
     (unfinished / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
@@ -125,10 +139,6 @@ def save(checkpoints: Path, step: int, *, model, optimizers, state: dict, config
         files[file.relative_to(unfinished).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     sync_directory(unfinished / "tokenizer")
     write_durably(unfinished / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
-    delete(path)                                        # there is one only where this step's evaluation came after it
-    os.replace(unfinished, path)
-    sync_directory(checkpoints)
-    return path
 
 
 def delete(path: Path) -> None:
@@ -171,7 +181,13 @@ def verify(path: Path) -> None:
 
 def in_run(run: Path) -> list[Path]:
     """A run's checkpoint directories, newest first, valid or not."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: path.name, reverse=True)
+    named = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint directory is named after."""
+    return int(path.name.removeprefix("step-"))
 
 
 def newest(run: Path, warn=lambda line: print(line, file=sys.stderr)) -> Checkpoint | None:
@@ -203,8 +219,11 @@ def find(path: str | Path) -> Checkpoint:
     return found
 
 
-def prune(run: Path, keep_last: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best one."""
-    for path in in_run(run)[keep_last:]:
-        if path.name != f"step-{best_step or 0:08d}":
+def prune(run: Path, step: int, keep_last: int, best_step: int | None) -> None:
+    """Of the checkpoints up to `step` delete all but the newest `keep_last` and the best one.
+
+    Later ones are damaged ones from before the run went on from here; they must not crowd out those that are whole.
+    """
+    for path in [path for path in in_run(run) if step_of(path) <= step][keep_last:]:
+        if step_of(path) != best_step:
             delete(path)

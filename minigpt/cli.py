@@ -13,6 +13,9 @@ from pathlib import Path
 
 from minigpt.config import SamplingParams, field_docs, help_text, load_config
 
+MOST_SAMPLES = 10_000
+"""More would not fit in memory at once; run the command again with other seeds."""
+
 
 def train(argv: list[str] | None = None) -> None:
     """`train.py CONFIG [--section.key=value ...] [--resume]`"""
@@ -62,8 +65,8 @@ def sample(argv: list[str] | None = None) -> None:
 
 
 def _sample(arguments):
-    if arguments.num_samples < 1:
-        raise ValueError(f"--num-samples {arguments.num_samples} is too small; the least is 1")
+    if not 1 <= arguments.num_samples <= MOST_SAMPLES:
+        raise ValueError(f"--num-samples {arguments.num_samples} is not between 1 and {MOST_SAMPLES}")
     if arguments.stream and (arguments.json or arguments.num_samples > 1):
         raise ValueError("--stream prints one sample as text; leave out --json and --num-samples")
     params = SamplingParams(**{field.name: getattr(arguments, field.name)
@@ -106,8 +109,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(command, on_interrupt) -> None:
     """Run a command; a user's error becomes one line and exit code 2, an interrupt `on_interrupt` and 130."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")    # None where the shell has closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")   # a terminal that is not UTF-8 shows what it cannot print
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
         sys.stdout.flush()
@@ -116,16 +122,28 @@ def _run(command, on_interrupt) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print(f"\n{on_interrupt}", file=sys.stderr, flush=True)
-        sys.exit(130)
+        sys.stdout.flush()
+        os._exit(130)                                   # the end of Python would abort a thread that is outside it
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        _fail(f"not enough memory; lower train.batch_size (and raise train.accumulation_steps), the model's size or "
+              f"the number of samples ({str(error).partition(chr(10))[0]})")
+
+
+def _fail(error):
+    print("error:", str(error).replace("\n", "\\n"), file=sys.stderr)
+    sys.exit(2)
 
 
 def _command_line(more):
     """The command that started this process, with `more` behind it."""
     words = [*sys.argv, *(word for word in more if word not in sys.argv)]
-    if words[0].endswith(".py"):
+    if words[0].endswith("__main__.py"):
+        words[:1] = ["-m", "minigpt"]
+    if words[0].endswith(".py") or words[0] == "-m":
         python = sys.executable if not sys.executable.startswith(os.getcwd()) else os.path.relpath(sys.executable)
         words = [python, *words]
     return shlex.join(words)

@@ -81,23 +81,23 @@ class TokenizerConfig(Section):
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    vocab_size: int = setting(0, low=0)
+    vocab_size: int = setting(0, low=0, high=1 << 22)
     """Rows of the token embedding; in a run, 0 takes the tokenizer's size."""
-    context_length: int = setting(256, low=1)
+    context_length: int = setting(256, low=1, high=1 << 22)
     """Longest sequence in tokens."""
-    depth: int = setting(4, low=1)
+    depth: int = setting(4, low=1, high=10_000)
     """Transformer blocks."""
-    width: int = setting(256, low=1)
+    width: int = setting(256, low=1, high=1 << 17)
     """Size of the residual stream, C."""
     num_heads: int = setting(4, low=1)
     """Query heads, H."""
     num_kv_heads: int = setting(0, low=0)
     """Key-value heads, H_kv, a divisor of num_heads (grouped queries); 0: num_heads."""
-    head_size: int = setting(0, low=0)
+    head_size: int = setting(0, low=0, high=1 << 14)
     """Size of one head, D; 0: width / num_heads."""
     mlp: str = setting("squared_relu", choices=("gelu", "swiglu", "squared_relu"))
     """Feed-forward: GPT-2's tanh-GELU, SwiGLU (arXiv 2002.05202) or squared ReLU (arXiv 2109.08668)."""
-    mlp_width: int = setting(0, low=0)
+    mlp_width: int = setting(0, low=0, high=1 << 20)
     """Hidden size of the feed-forward; 0: 4 width, for swiglu 8/3 width rounded up to a multiple of 32."""
     norm: str = setting("rms_norm", choices=("layer_norm", "rms_norm"))
     """Normalisation."""
@@ -209,9 +209,9 @@ class TrainConfig(Section):
     """Where the run is kept; empty: runs/ and the config file's name."""
     max_steps: int = setting(1000, low=1)
     """Optimizer steps."""
-    batch_size: int = setting(16, low=1)
+    batch_size: int = setting(16, low=1, high=1 << 20)
     """Sequences in one forward and backward pass (micro-batch)."""
-    accumulation_steps: int = setting(1, low=1)
+    accumulation_steps: int = setting(1, low=1, high=1 << 20)
     """Micro-batches in one optimizer step."""
     seed: int = setting(1, low=0, high=2**62)
     """Seed of the weights, the order of the data, masks and dropout."""
@@ -243,16 +243,21 @@ class TrainConfig(Section):
     max_bad_steps: int = setting(5, low=1)
     """Steps in a row with a loss or gradient that is not finite, all skipped, after which the run stops."""
 
+    def check(self):
+        for prompt in self.sample_prompts:
+            if not prompt or any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise ValueError(f"sample_prompts holds {prompt!r}; each must be some text, without lone surrogates")
+
 
 @dataclass(frozen=True)
 class SamplingParams(Section):
     """How text is sampled; `sample.py` has a flag for each. In the order in which they are applied to the logits."""
 
-    max_new_tokens: int = setting(128, low=1)
+    max_new_tokens: int = setting(128, low=1, high=10_000_000)
     """Longest continuation in tokens."""
     repetition_penalty: float = setting(1.0, low=1e-3)
     """Divides positive and multiplies negative logits of tokens that already stand in prompt or text; 1 is off."""
-    temperature: float = setting(0.8, low=0.0)
+    temperature: float = setting(0.8, low=0.0, high=1e6)
     """Divides the logits; 0 always takes the likeliest token."""
     top_k: int = setting(0, low=0)
     """Sample from the k likeliest tokens (all that tie with the last of them); 0 is off."""
@@ -319,7 +324,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     try:
         text = path.read_bytes().decode("utf-8-sig")
         tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds no sections; a run's config.json is one object of objects")
@@ -394,7 +399,7 @@ def _line_of(text, section, key):
 
 
 def _parse_override(text):
-    match = re.fullmatch(r"--(\w+)\.(\w+)=(.*)", text, re.DOTALL)
+    match = re.fullmatch(r"--(\w+)\.([\w-]+)=(.*)", text, re.DOTALL)
     if not match:
         near = re.fullmatch(r"--(\w+)\.([\w-]+)", text)
         mend = f"write it as {text}=VALUE" if near else "settings are written --section.key=value"
@@ -407,7 +412,7 @@ def _parse_override(text):
         return section, key, None
     try:
         parsed = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return section, key, value
     return section, key, parsed["value"] if len(parsed) == 1 else value
 

@@ -132,7 +132,7 @@ def list_documents(path: str, include=("*",)) -> list[Document]:
         names = [name for name in names if (root / name).stat().st_size]
         hint = "this Python has no library sources; give a file or folder as data.path"
     else:
-        root = Path(path).expanduser()
+        root = Path(os.path.expanduser(path))
         if root.is_file():
             root, names = root.parent, [root.name]
         elif root.is_dir():
@@ -152,10 +152,13 @@ def list_documents(path: str, include=("*",)) -> list[Document]:
 
 
 def _walk(root, skipped=()):
-    for folder, folders, files in os.walk(root):
+    def fail(error):
+        raise error
+
+    for folder, folders, files in os.walk(root, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
         for name in files:
-            if not name.startswith("."):
+            if not name.startswith(".") and (Path(folder) / name).is_file():
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 

@@ -70,7 +70,11 @@ class Dataset:
 
 def cache_directory(configured: str = "") -> Path:
     """`configured`, or `minigpt` in the user's cache directory."""
-    return Path(configured or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minigpt").expanduser()
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(configured or Path(home, "minigpt")).expanduser()
+    except RuntimeError:
+        raise ValueError(f"data.cache_dir = {configured!r}: there is no such home directory; name a folder") from None
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, say=lambda line: None) -> Dataset:
@@ -102,7 +106,7 @@ def _key(*parts):
 
 def _tokenizer(corpus, content, config, cache, say):
     if config.path:
-        return Tokenizer.load(config.path)
+        return Tokenizer.load(Path(config.path).expanduser())
     if config.kind == "bytes":
         return Tokenizer.train((), kind="bytes")
     directory = cache / "tokenizers" / _key(FORMAT, content, config.kind, config.vocab_size, config.sample_bytes)

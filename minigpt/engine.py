@@ -95,7 +95,9 @@ class Run:
 
     def stream(self, prompt: str | None, params: SamplingParams = DEFAULT, row: int = 0) -> Iterator[str]:
         """The continuation in pieces, as it is drawn; a piece never ends within a character."""
-        ids = self.encode_prompt(prompt)
+        return self._pieces(self.encode_prompt(prompt), params, row)
+
+    def _pieces(self, ids, params, row):
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for following in decode(self.model, ids, params, vocab_size=self.tokenizer.vocab_size, first_row=row):
             token = int(following)

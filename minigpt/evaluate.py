@@ -19,8 +19,8 @@ def evaluate(model, objective, split: Split, *, context_length: int, batch_size:
              should_stop=lambda: False) -> dict[str, float]:
     """Loss on the whole split, in windows of the context's length from front to back; each token is scored once.
 
-    Gives `val_loss` (nats per target, the parts weighted as in training), `val_<part>` for each part where there are
-    several, and for causal models `val_bpb` = summed nats / ln 2 / UTF-8 bytes of the raw text. The first token of a
+    Gives `val_loss` (nats per target, the parts weighted as in training), `val_<part>` for each part, and for causal
+    models `val_bpb` = summed nats / ln 2 / UTF-8 bytes of the raw text. The first token of a
     document is predicted from <s>; <s> itself is no text and is not scored. `model` is the plain GPT, `autocast` a
     context manager factory. Raises Stopped as soon as `should_stop()` is true.
     """
@@ -44,8 +44,7 @@ def evaluate(model, objective, split: Split, *, context_length: int, batch_size:
         model.train(was_training)
     means = {part: sums[part] / max(1, counts[part]) for part in sums}
     result = {"val_loss": sum(objective.weights[part] * mean for part, mean in means.items())}
-    if len(means) > 1:
-        result |= {f"val_{part}": mean for part, mean in means.items()}
+    result |= {f"val_{part}": mean for part, mean in means.items()}
     if objective.is_causal:
         result["val_bpb"] = sum(sums.values()) / math.log(2) / split.num_bytes
     return result

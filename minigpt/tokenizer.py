@@ -77,7 +77,8 @@ class Tokenizer:
         for character in RESERVED:
             del characters[character]
         if not characters:
-            raise ValueError("the tokenizer's training text is empty")
+            raise ValueError("the text has no characters to learn a tokenizer from (tabs and NULs are always bytes); "
+                             "use tokenizer.kind=bytes or another text")
         encoded.append(b" ")                            # a space without an id would come back as SPACE
         for kept in _kept(characters, vocab_size):
             left_out = re.compile("[" + re.escape("".join(characters.keys() - kept)) + RESERVED + "]")

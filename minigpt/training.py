@@ -33,7 +33,7 @@ from minigpt.files import held, write_durably
 from minigpt.model import GPT
 from minigpt.objectives import make_objective
 from minigpt.optim import make_optimizers, schedule, set_learning_rate
-from minigpt.progress import Progress, duration
+from minigpt.progress import Progress, duration, process_age
 
 FIXED_ON_RESUME = ("data.order", "data.document_mask", "tokenizer", "model", "objective", "train.seed",
                    "train.batch_size", "train.accumulation_steps", "optim.name")
@@ -51,11 +51,19 @@ class LoopState:
     best_step: int | None = None
     worse_evaluations: int = 0
     """Evaluations in a row without a lower validation loss, for early stopping."""
-    stopped_early: bool = False
     evaluated: dict = dataclasses.field(default_factory=dict)
     """Result of the last evaluation."""
-    owes_evaluation: bool = False
-    """An interrupt came before the evaluation that was due at this step."""
+    evaluated_step: int | None = None
+    owed: dict = dataclasses.field(default_factory=dict)
+    """The log record of this step where an interrupt came before the evaluation that was due, else empty."""
+
+    def is_done(self, config: Config) -> bool:
+        """Whether the run has ended, by its last step or by early stopping, with an evaluation of where it ended."""
+        last = self.step >= config.train.max_steps or self.stopped_early(config)
+        return last and not self.owed and self.evaluated_step == self.step
+
+    def stopped_early(self, config: Config) -> bool:
+        return 0 < config.train.early_stopping <= self.worse_evaluations
 
 
 class Interrupted(Exception):
@@ -70,9 +78,9 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
     """Train as `config` says, in `config.train.run_dir`, and give the closing line.
 
     Progress goes to `out`, standard output unless given. Raises ValueError or OSError for what a user can mend,
-    Interrupted after SIGINT or SIGTERM.
+    Interrupted after SIGINT, SIGTERM or SIGHUP.
     """
-    run = Path(config.train.run_dir)
+    run = Path(config.train.run_dir).expanduser()
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file; name another train.run_dir")
     with held(run):
@@ -81,12 +89,14 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
 
 def train_in(run: Path, config: Config, resume: bool, progress: Progress) -> str:
     """`train` in a run directory that this process holds."""
-    began = time.monotonic()
+    began = time.monotonic() - process_age()
     say = progress.say
     found = open_run(run, config, resume, say)
-    if found and is_finished(found, config):
-        say(f"{run} is finished: step {found.state['loop']['step']}; a larger train.max_steps goes on")
-        return closing_line(LoopState(**found.state["loop"]).evaluated)
+    state = LoopState(**found.state["loop"]) if found else LoopState()
+    if state.is_done(config):
+        more = "train.early_stopping" if state.stopped_early(config) else "train.max_steps"
+        say(f"{run} is finished: step {state.step}; a larger {more} goes on")
+        return closing_line(state.evaluated)
 
     kernels.use(config.train.kernels)
     device = pick_device(config.train.device)
@@ -112,10 +122,11 @@ def train_in(run: Path, config: Config, resume: bool, progress: Progress) -> str
     optimizers = make_optimizers(model, config.optim)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     forward = compiled(model, config, objective, dealer, device, say) if config.train.compile else model
-    state = LoopState()
     if found:
-        state = restore(found, model, optimizers, scaler)
+        restore(found, model, optimizers, scaler)
         say(f"going on from {found.path}")
+        if state.step >= config.train.max_steps and not state.owed:
+            state.owed = {"step": state.step, "tokens": state.rows * T}
     start_files(run, config, tokenizer, state.step)
     metrics, texts = JsonLines(run / "metrics.jsonl"), JsonLines(run / "samples.jsonl")
     say(f"{dataset.name}: {len(dataset.train):,} tokens of {dataset.train.num_bytes:,} bytes to train on, "
@@ -129,15 +140,15 @@ def train_in(run: Path, config: Config, resume: bool, progress: Progress) -> str
                 "scaler": scaler.state_dict(), "random": random_state(device)}
         checkpoint.save(run / "checkpoints", state.step, model=model, optimizers=optimizers, state=loop,
                         config=config, tokenizer=tokenizer)
-        checkpoint.prune(run, config.train.keep_last, state.best_step if config.train.keep_best else None)
+        checkpoint.prune(run, state.step, config.train.keep_last, state.best_step if config.train.keep_best else None)
 
     progress.start(state.step, config.train.max_steps)
     flops, peak = model.flops_per_token(), peak_flops(device)
-    bad_steps, train_seconds, train_tokens, loss_value = 0, 0.0, 0, math.nan
+    bad_steps, train_seconds, train_tokens = 0, 0.0, 0
     with stop_signals() as stop:
-        while not (state.step >= config.train.max_steps and not state.owes_evaluation or state.stopped_early):
-            record = {"step": state.step, "tokens": state.rows * T}
-            if not state.owes_evaluation:
+        while not state.is_done(config):
+            record = state.owed
+            if not record:
                 step_began = time.monotonic()
                 rate = schedule(state.step, config.train.max_steps, config.optim)
                 set_learning_rate(optimizers, rate)
@@ -148,9 +159,13 @@ def train_in(run: Path, config: Config, resume: bool, progress: Progress) -> str
                 state.step, state.rows = state.step + 1, state.rows + A * B
                 train_seconds, train_tokens = train_seconds + time.monotonic() - step_began, train_tokens + A * B * T
                 record = {"step": state.step, "tokens": state.rows * T, **totals,
-                          "lr": rate * config.optim.learning_rate}
-                loss_value = totals["train_loss"]
-                bad_steps = bad_steps + 1 if "skipped" in totals else 0
+                          "lr": rate * config.optim.learning_rate,
+                          "elapsed_seconds": round(time.monotonic() - began, 3),
+                          "tokens_per_second": round(train_tokens / train_seconds, 1)}
+                if peak:
+                    record["mfu"] = round(flops * train_tokens / train_seconds / peak, 4)
+                overflowed = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(totals["train_loss"])
+                bad_steps = bad_steps + 1 if "skipped" in totals and not overflowed else 0
                 if "skipped" in totals:
                     say(f"step {state.step} skipped: {totals['skipped']}; the weights are as before")
                 if bad_steps >= config.train.max_bad_steps:
@@ -160,30 +175,26 @@ def train_in(run: Path, config: Config, resume: bool, progress: Progress) -> str
                         f"{bad_steps} steps in a row had a loss or gradient that is not finite; {run} is saved with "
                         "the weights from before them. Lower optim.learning_rate, raise optim.warmup_steps or use "
                         "train.dtype=float32 in a new run")
-                progress.update(state.step, loss_value, train_tokens / train_seconds)
+                progress.update(state.step, totals["train_loss"], train_tokens / train_seconds)
 
             last = state.step >= config.train.max_steps
             best = False
-            if last or state.step % config.train.eval_every == 0:
+            if last or state.owed or state.step % config.train.eval_every == 0:
                 try:
                     state.evaluated = evaluate(model, objective, dataset.val, context_length=T, batch_size=B,
                                                autocast=autocast, should_stop=lambda: stop.number)
-                    state.owes_evaluation = False
+                    state.owed, state.evaluated_step = {}, state.step
                     best = state.evaluated["val_loss"] < state.best_loss
-                    note_evaluation(state, config.train.early_stopping, best)
-                    record |= state.evaluated
-                    say(evaluation_line(state, loss_value, time.monotonic() - began))
+                    note_evaluation(state, best)
+                    record = record | state.evaluated
+                    say(evaluation_line(record, state.stopped_early(config)))
                     write_samples(texts, state.step, Run(model, tokenizer, config, run), config)
                 except Stopped:
-                    state.owes_evaluation = True
-            if train_tokens and (last or "val_loss" in record or state.step % config.train.log_every == 0):
-                record |= {"elapsed_seconds": round(time.monotonic() - began, 3),
-                           "tokens_per_second": round(train_tokens / train_seconds, 1)}
-                if peak:
-                    record["mfu"] = round(flops * train_tokens / train_seconds / peak, 4)
+                    state.owed = finite(record)
+            if not state.owed and ("val_loss" in record or state.step % config.train.log_every == 0):
                 metrics.write(finite(record))
                 train_seconds, train_tokens = 0.0, 0
-            if (last or stop.number or state.stopped_early or state.step % config.train.checkpoint_every == 0
+            if (last or stop.number or state.stopped_early(config) or state.step % config.train.checkpoint_every == 0
                     or best and config.train.keep_best):
                 save()
             if stop.number:
@@ -194,7 +205,7 @@ def train_in(run: Path, config: Config, resume: bool, progress: Progress) -> str
 def train_step(model, objective, batches, optimizers, scaler, grad_clip, autocast, device) -> dict:
     """One update from all micro-batches, or none where the loss or a gradient is not finite ("skipped" says which).
 
-    Gives `train_loss`, each part's loss where there are several, and `grad_norm`.
+    Gives `train_loss`, each part's loss by its name, and `grad_norm`.
     """
     counts = {}
     for batch in batches:
@@ -213,15 +224,14 @@ def train_step(model, objective, batches, optimizers, scaler, grad_clip, autocas
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
     means = {part: float(sums[part]) / max(1, counts[part]) for part in sums}
-    result = {"train_loss": sum(objective.weights[part] * mean for part, mean in means.items()), "grad_norm": norm}
-    if len(means) > 1:
-        result |= means
+    result = {"train_loss": sum(objective.weights[part] * mean for part, mean in means.items()), **means,
+              "grad_norm": norm}
     if not math.isfinite(result["train_loss"]):
         result["skipped"] = f"the loss is {result['train_loss']}"
     elif math.isfinite(norm):
         for optimizer in optimizers:
             scaler.step(optimizer)
-    elif not scaler.is_enabled() or scaler.get_scale() <= 1:
+    else:
         result["skipped"] = f"the gradient's norm is {norm}"
     if scaler.is_enabled():
         scaler.update()                                 # where a gradient overflowed, to half the loss scale
@@ -259,22 +269,17 @@ def check_same_run(found: checkpoint.Checkpoint, config: Config) -> None:
                                  f"with {before[section][key]!r}; restore it, or begin anew in another train.run_dir")
 
 
-def is_finished(found: checkpoint.Checkpoint, config: Config) -> bool:
-    state = LoopState(**found.state["loop"])
-    return not state.owes_evaluation and (state.stopped_early or state.step >= config.train.max_steps)
-
-
-def restore(found, model, optimizers, scaler) -> LoopState:
-    """Put everything back that a checkpoint holds, and give the loop's state."""
+def restore(found, model, optimizers, scaler) -> None:
+    """Put weights, optimizers, loss scale and random number generators back as a checkpoint holds them."""
     found.load_model(model)
     found.load_optimizers(model, optimizers)
-    scaler.load_state_dict(found.state["scaler"])
+    if scaler.is_enabled() and found.state["scaler"]:
+        scaler.load_state_dict(found.state["scaler"])
     random = {name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
               for name, text in found.state["random"].items()}
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
-    return LoopState(**found.state["loop"])
 
 
 def random_state(device: torch.device) -> dict[str, str]:
@@ -319,19 +324,20 @@ def finite(record: dict) -> dict:
             for key, value in record.items()}
 
 
-def note_evaluation(state: LoopState, patience: int, best: bool) -> None:
+def note_evaluation(state: LoopState, best: bool) -> None:
     if best:
         state.best_loss, state.best_step, state.worse_evaluations = state.evaluated["val_loss"], state.step, 0
     else:
         state.worse_evaluations += 1
-        state.stopped_early = 0 < patience <= state.worse_evaluations
 
 
-def evaluation_line(state: LoopState, train_loss: float, seconds: float) -> str:
-    bits = f", {state.evaluated['val_bpb']:.4f} bits per byte" if "val_bpb" in state.evaluated else ""
-    stopped = "; stopping early" if state.stopped_early else ""
-    return (f"step {state.step}: validation loss {state.evaluated['val_loss']:.4f}{bits}, training loss "
-            f"{train_loss:.4f}, {duration(seconds)}{stopped}")
+def evaluation_line(record: dict, stopped_early: bool) -> str:
+    parts = [f"step {record['step']}: validation loss {record['val_loss']:.4f}"]
+    if "val_bpb" in record:
+        parts.append(f"{record['val_bpb']:.4f} bits per byte")
+    if "train_loss" in record:
+        parts += [f"training loss {float(record['train_loss']):.4f}", duration(record["elapsed_seconds"])]
+    return ", ".join(parts) + ("; stopping early" if stopped_early else "")
 
 
 def closing_line(evaluated: dict) -> str:
@@ -344,11 +350,13 @@ def write_samples(texts: JsonLines, step: int, run: Run, config: Config) -> None
     """Continue each of train.sample_prompts with a fixed seed, so that samples of two steps can be compared."""
     if config.objective.name != "causal":
         return
-    run.model.eval()
     params = SamplingParams(max_new_tokens=config.train.sample_tokens)
-    for prompt in config.train.sample_prompts:
-        texts.write({"step": step, "prompt": prompt, "text": run.generate(prompt, params)})
-    run.model.train()
+    run.model.eval()
+    try:
+        for prompt in config.train.sample_prompts:
+            texts.write({"step": step, "prompt": prompt, "text": run.generate(prompt, params)})
+    finally:
+        run.model.train()
 
 
 def compiled(model, config, objective, dealer, device, say):
@@ -377,7 +385,7 @@ class StopFlag:
 
 @contextmanager
 def stop_signals():
-    """SIGINT and SIGTERM set a flag once; a second one ends the process at once, as if nothing handled it."""
+    """SIGINT, SIGTERM and SIGHUP set a flag once; a second one ends the process as if nothing handled it."""
     flag = StopFlag()
 
     def handle(number, frame):
@@ -388,7 +396,7 @@ def stop_signals():
 
     before = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             before[number] = signal.signal(number, handle)
     except ValueError:                                  # not the main thread: signals are someone else's
         pass

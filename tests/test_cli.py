@@ -157,6 +157,20 @@ def test_an_interrupt_before_the_first_step_prints_the_command_too(tmp_path):
     assert "go on with:" in err and err.rstrip().endswith("--resume")
 
 
+def test_what_does_not_fit_in_memory_is_said(run, tmp_path, text_file, capsys, monkeypatch):
+    """The commonest failure on a GPU ended in a traceback."""
+    config = train_arguments(tmp_path, text_file, "--train.run_dir=" + str(tmp_path / "other"))
+    assert "not enough memory" in fails(capsys, cli.train, *config, "--model.width=131072", "--model.depth=10000",
+                                        "--model.num_heads=1")
+    assert "10000" in fails(capsys, cli.sample, str(run), "--num-samples=100000000000")
+
+
+def test_closed_standard_streams_are_no_error(run, tmp_path):
+    """They are None in Python, and the command failed on them."""
+    command = f"exec {shlex.quote(sys.executable)} {ROOT / 'sample.py'} {run} --prompt A --max-new-tokens 2 >&- 2>&-"
+    assert subprocess.run(command, shell=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+
+
 @pytest.mark.serial
 def test_a_reader_that_goes_away_is_no_error(run):
     child = process(str(ROOT / "sample.py"), str(run), "--prompt", "The", "--num-samples=500", "--max-new-tokens=50")

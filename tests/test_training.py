@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -298,7 +300,7 @@ def test_one_overflow_holds_back_every_optimizer(tmp_path, text_file):
     assert not any(step()[1])
     handle = model.embedding.weight.register_hook(lambda grad: grad * math.inf)
     result, same = step()
-    assert all(same) and result["grad_norm"] == math.inf and "skipped" not in result
+    assert all(same) and result["grad_norm"] == math.inf and "norm is inf" in result["skipped"]
     assert scaler.get_scale() == 2.0
     handle.remove()
     assert not any(step()[1])
@@ -317,3 +319,85 @@ def test_a_run_that_another_process_holds_is_refused(tmp_path, text_file):
     holder.kill()
     holder.communicate()
     assert run_lines(config)[0].startswith("final: ")
+
+
+def test_a_damaged_checkpoint_crowds_out_none_that_is_whole(tmp_path, text_file):
+    """A damaged newest checkpoint counted as the newest kept one, and every whole one was deleted as it was made."""
+    run_lines(tiny_config(tmp_path, text_file))
+    damaged = tmp_path / "run/checkpoints/step-00000012/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    copy = tmp_path / "run/checkpoints/step-backup"
+    copy.mkdir()
+    run_lines(tiny_config(tmp_path, text_file, "--train.max_steps=11", "--train.eval_every=11", "--train.keep_last=1",
+                          "--train.checkpoint_every=1", "--train.keep_best=false"), resume=True)
+    assert saved_steps(tmp_path / "run") == [11, 12] and copy.is_dir()
+    assert checkpoint.find(tmp_path / "run").path.name == "step-00000011"
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path, text_file, monkeypatch):
+    """It was made on resume, yet never reached metrics.jsonl."""
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    run_lines(tiny_config(straight, text_file))
+
+    def interrupt(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise training.Stopped
+
+    config = tiny_config(tmp_path, text_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", interrupt)
+        with pytest.raises(training.Interrupted) as stopped:
+            run_lines(config)
+    assert stopped.value.exit_code == 130 and saved_steps(tmp_path / "run") == [4, 6]
+    closing, lines = run_lines(config, resume=True)
+    assert "nan" not in "".join(lines)
+    times = ("elapsed_seconds", "tokens_per_second")
+    records, wanted = ([{key: value for key, value in record.items() if key not in times}
+                        for record in metrics_of(made)] for made in (config, tiny_config(straight, text_file)))
+    assert records == wanted
+    again, lines = run_lines(config, resume=True)
+    assert again == closing and "is finished" in lines[0]
+
+
+def test_a_run_that_is_cut_short_is_evaluated_where_it_ends(tmp_path, text_file):
+    """With max_steps lowered to a step that had not been evaluated, resume failed for want of a last number."""
+    run_lines(tiny_config(tmp_path, text_file, "--train.eval_every=100"))
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000012")
+    closing, _ = run_lines(tiny_config(tmp_path, text_file, "--train.max_steps=8"), resume=True)
+    assert closing == f"final: {metrics_of(tiny_config(tmp_path, text_file))[-1]['val_bpb']:.4f} bits per byte"
+
+
+def test_an_early_stopped_run_goes_on_with_more_patience(tmp_path, text_file, monkeypatch):
+    losses = iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"val_loss": next(losses), "val_bpb": 1.0})
+    options = ["--train.eval_every=2", "--train.early_stopping="]
+    run_lines(tiny_config(tmp_path, text_file, options[0], options[1] + "1"))
+    _, lines = run_lines(tiny_config(tmp_path, text_file, options[0], options[1] + "1"), resume=True)
+    assert "is finished: step 4; a larger train.early_stopping goes on" in lines[0]
+    run_lines(tiny_config(tmp_path, text_file, options[0], options[1] + "3"), resume=True)
+    assert saved_steps(tmp_path / "run")[-1] == 8
+
+
+def test_a_float32_run_goes_on_in_float16(tmp_path, text_file):
+    """The loss scaler of a float32 run has no state, and loading that failed."""
+    run_lines(tiny_config(tmp_path, text_file, "--train.dtype=float32"))
+    config = tiny_config(tmp_path, text_file, "--train.dtype=float16", "--train.max_steps=14")
+    run_lines(config, resume=True)
+    assert metrics_of(config)[-1]["step"] == 14
+
+
+def test_an_overflow_of_float16_is_named_and_does_not_stop_the_run(tmp_path, text_file, monkeypatch):
+    config = tiny_config(tmp_path, text_file, "--train.dtype=float16", "--train.max_bad_steps=1",
+                         "--optim.learning_rate=3", "--optim.warmup_steps=1", "--train.max_steps=30")
+    scaler = torch.amp.GradScaler
+
+    class Eager(scaler):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **{"init_scale": 2.0**40, **options})
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Eager)
+    _, lines = run_lines(config)
+    skipped = [record["step"] for record in metrics_of(config) if "skipped" in record]
+    assert skipped and skipped[0] == 1 and len(skipped) < 30
+    assert f"step {skipped[0]} skipped: the gradient's norm is inf; the weights are as before" in lines
