@@ -158,8 +158,9 @@ def _walk(root, skipped=()):
     for folder, folders, files in os.walk(root, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped)
         for name in files:
-            if not name.startswith(".") and (Path(folder) / name).is_file():
-                yield (Path(folder) / name).relative_to(root).as_posix()
+            path = Path(folder) / name
+            if not name.startswith(".") and (path.is_file() or not path.exists()):  # a broken link is an error, later
+                yield path.relative_to(root).as_posix()
 
 
 def _included(name, patterns):

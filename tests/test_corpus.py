@@ -256,3 +256,10 @@ def test_no_file_that_matches(tmp_path):
     assert path in message and "data.include = ['*.py', '*.md']" in message
     Path(tmp_path / "empty").mkdir()
     assert "no file in it matches" in fault(open_corpus, str(tmp_path / "empty"))
+
+
+def test_what_is_no_file_is_no_document(tmp_path):
+    """A FIFO counted as an empty file, and reading it would have waited for ever."""
+    path = write(tmp_path, {"a.txt": "some text", "b.txt": "more text"})
+    os.mkfifo(tmp_path / "pipe")
+    assert [document.name for document in list_documents(path)] == ["a.txt", "b.txt"]

@@ -206,7 +206,7 @@ def test_bits_per_byte_are_those_of_the_text_scored_token_by_token(texts):
     for batch_size in (1, 3):
         result = evaluate(model, objective("causal"), split, context_length=T, batch_size=batch_size,
                           autocast=nullcontext)
-        assert result.keys() == {"val_loss", "val_bpb"}
+        assert result.keys() == {"val_loss", "val_causal", "val_bpb"} and result["val_causal"] == result["val_loss"]
         assert result["val_bpb"] == pytest.approx(sum(nats.values()) / math.log(2) / split.num_bytes, rel=1e-6)
         assert result["val_loss"] == pytest.approx(sum(nats.values()) / len(nats), rel=1e-6)
     assert model.training
@@ -240,7 +240,7 @@ def test_masked_evaluation_does_not_see_the_padding():
         count += task.counts(batch)["masked"]
     for batch_size in (1, 2, 100):
         result = evaluate(model, task, split, context_length=T, batch_size=batch_size, autocast=nullcontext)
-        assert result == {"val_loss": pytest.approx(total / count, rel=1e-5)}
+        assert result == dict.fromkeys(["val_loss", "val_masked"], pytest.approx(total / count, rel=1e-5))
 
 
 def test_padding_is_hidden_beside_documents():

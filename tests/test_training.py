@@ -65,6 +65,7 @@ def test_metrics_have_their_keys_and_the_closing_line_their_last_number(tmp_path
     assert [record["step"] for record in records] == list(range(1, 13))
     assert [record["tokens"] for record in records] == [step * 4 * 32 for step in range(1, 13)]
     for record in records:
+        assert record["causal"] == record["train_loss"]
         assert {"train_loss", "lr", "grad_norm", "tokens_per_second", "elapsed_seconds"} <= record.keys()
         assert record["lr"] == pytest.approx(
             schedule(record["step"] - 1, 12, config.optim) * config.optim.learning_rate)
@@ -400,4 +401,4 @@ def test_an_overflow_of_float16_is_named_and_does_not_stop_the_run(tmp_path, tex
     _, lines = run_lines(config)
     skipped = [record["step"] for record in metrics_of(config) if "skipped" in record]
     assert skipped and skipped[0] == 1 and len(skipped) < 30
-    assert f"step {skipped[0]} skipped: the gradient's norm is inf; the weights are as before" in lines
+    assert sum("skipped: the gradient's norm is" in line for line in lines) == len(skipped)
