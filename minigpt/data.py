@@ -23,13 +23,13 @@ import numpy as np
 
 from minigpt.config import DataConfig, TokenizerConfig
 from minigpt.corpus import Corpus, Document, open_corpus
-from minigpt.files import locked, sha256_of, write_durably
+from minigpt.files import locked, read_sealed, sha256_of, write_sealed
 from minigpt.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 26
 ENCODE_BYTES = 1 << 22
 """Text that is tokenized at a time: enough to keep every core busy, little enough for memory."""
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -186,14 +186,7 @@ def _write_shards(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None
                  "vocab_size": tokenizer.vocab_size, "splits": {}}
         for split, documents in (("train", corpus.train), ("val", corpus.val)):
             index["splits"][split] = _write_split(documents, tokenizer, dtype, unfinished, split)
-        index["sha256"] = _checksum(index)
-        write_durably(unfinished / "index.json", json.dumps(index).encode())
-
-
-def _checksum(index):
-    """SHA-256 of all else that stands in the index."""
-    content = {key: value for key, value in index.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        write_sealed(unfinished / "index.json", index)
 
 
 def _write_split(documents, tokenizer, dtype, directory, split):
@@ -237,16 +230,11 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tu
 
 
 def _open(directory: Path, name: str, tokenizer: Tokenizer) -> Dataset:
-    path = directory / "index.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no shards in {directory}")
+    index = read_sealed(directory / "index.json")
     try:
-        index = json.loads(path.read_text("utf-8"))
-        if index["sha256"] != _checksum(index):
-            raise ValueError(f"{path} is damaged: its SHA-256 is not the one it names")
         splits = {split: _open_split(directory, index, split, name) for split in ("train", "val")}
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory / 'index.json'}: not an index of this version ({error!r})") from None
     return Dataset(directory, name, tokenizer, **splits)
 
 

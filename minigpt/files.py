@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,9 +17,43 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path):
+    """What a JSON file holds. Raises FileNotFoundError, and ValueError naming a file that is not JSON."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file")         # opening a pipe would wait for ever
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, not JSON ({error})") from None
+
+
+def write_sealed(path: Path, content: dict, indent: int | None = None) -> None:
+    """Write `content` durably as a JSON object whose last key, "sha256", is the SHA-256 of every byte before it."""
+    body = json.dumps(content, indent=indent)[:-1].rstrip().encode()
+    write_durably(path, body + _seal(body))
+
+
+def read_sealed(path: Path) -> dict:
+    """What `write_sealed` wrote, without the seal. Raises FileNotFoundError, and ValueError where one byte differs."""
+    content = read_json(path)
+    data = path.read_bytes()
+    body, _, _ = data.rpartition(b', "sha256": ')
+    if not isinstance(content, dict) or data != body + _seal(body):
+        raise ValueError(f"{path}: damaged, its content is not what its SHA-256 says")
+    del content["sha256"]
+    return content
+
+
+def _seal(body):
+    return b', "sha256": "%s"}\n' % hashlib.sha256(body).hexdigest().encode()
+
+
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash it holds either all of `content` or what it held before."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file so that after a crash it holds either all of `content` or what it held before.
+
+    One process at a time may write to a path; the name of the unfinished file is fixed, so that none pile up.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         with open(unfinished, "wb") as file:
             file.write(content)

@@ -206,7 +206,7 @@ def test_a_preparation_that_was_killed_leaves_nothing_that_counts(folder, make, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "write_durably", killed)
+        patch.setattr(data, "write_sealed", killed)
         with pytest.raises(KeyboardInterrupt):
             make(folder)
     assert not list(tmp_path.glob("cache/shards/*"))
