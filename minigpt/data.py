@@ -3,6 +3,7 @@
     dataset = prepare(config.data, config.tokenizer)        # cached by content; trains the tokenizer where needed
     dealer = Dealer(dataset.train, context_length, extra=1, order="windows", seed=1)
     tokens = dealer.rows(first=0, count=16)                 # (16, T + 1); row n is a function of the seed and n alone
+    name, byte = dealer.source(7)                           # where in the text row 7 begins
 
 The position in the data is one number, the rows dealt so far, so saving it is exact.
 """
@@ -16,6 +17,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,6 +32,8 @@ SHARD_TOKENS = 1 << 26
 ENCODE_BYTES = 1 << 22
 """Text that is tokenized at a time: enough to keep every core busy, little enough for memory."""
 FORMAT = 2
+BLOCK_TOKENS = 1 << 16
+"""Tokens between two places of a split whose byte counts are kept."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,12 @@ class Split:
     """UTF-8 bytes of the raw text."""
     name: str = "the text"
     """What messages call it."""
+    names: tuple[str, ...] = ()
+    """Each document's file: its path in the folder that was given, or the name of the file that was."""
+    first_bytes: tuple[int, ...] = ()
+    """The byte of its file at which each document begins."""
+    token_sizes: np.ndarray | None = None
+    """(vocab_size,) how many bytes of text each token stands for."""
 
     def __post_init__(self):
         object.__setattr__(self, "_starts", np.cumsum([0, *map(len, self.shards)]))
@@ -57,6 +67,24 @@ class Split:
             if start < last and stop > first:
                 parts.append(shard[max(0, start - first):stop - first].astype(np.int64))
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def source(self, token: int) -> tuple[str, int]:
+        """The document in which the token at an offset stands, by name, and the byte of its file where it begins."""
+        document = int(np.searchsorted(self.documents, token, "right")) - 1
+        before = self._bytes_before(token) - self._bytes_before(int(self.documents[document]))
+        return self.names[document], self.first_bytes[document] + before
+
+    def _bytes_before(self, token):
+        block = token // BLOCK_TOKENS
+        return int(self._block_bytes[block]) + self._num_bytes_of(block * BLOCK_TOKENS, token)
+
+    @cached_property
+    def _block_bytes(self):
+        starts = range(0, len(self), BLOCK_TOKENS)
+        return np.cumsum([0, *(self._num_bytes_of(start, start + BLOCK_TOKENS) for start in starts)])
+
+    def _num_bytes_of(self, start, stop):
+        return int(self.token_sizes[self.read(start, stop)].sum())
 
 
 @dataclass(frozen=True)
@@ -90,14 +118,14 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say=lambda line: None)
         trained = _tokenizer(corpus, content, tokenizer, cache, say)
         directory = cache / "shards" / _key(FORMAT, content, trained.fingerprint)
         try:
-            return _open(directory, corpus.name, trained)
+            return _open(directory, corpus, trained)
         except FileNotFoundError:
             pass
         except ValueError as error:
             say(f"{error}; making the shards again")
         say(f"tokenizing {sum(d.end - d.start for d in corpus.train + corpus.val) / 1e6:.1f} MB of {corpus.name}")
         _write_shards(corpus, trained, directory)
-        return _open(directory, corpus.name, trained)
+        return _open(directory, corpus, trained)
 
 
 def _key(*parts):
@@ -229,16 +257,17 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tu
     yield from zip([first for first, _ in pieces], tokenizer.encode_batch([text for _, text in pieces]))
 
 
-def _open(directory: Path, name: str, tokenizer: Tokenizer) -> Dataset:
+def _open(directory: Path, corpus: Corpus, tokenizer: Tokenizer) -> Dataset:
     index = read_sealed(directory / "index.json")
+    token_sizes = np.array([len(token) for token in tokenizer.token_bytes])
     try:
-        splits = {split: _open_split(directory, index, split, name) for split in ("train", "val")}
+        splits = {split: _open_split(directory, index, split, corpus, token_sizes) for split in ("train", "val")}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / 'index.json'}: not an index of this version ({error!r})") from None
-    return Dataset(directory, name, tokenizer, **splits)
+    return Dataset(directory, corpus.name, tokenizer, **splits)
 
 
-def _open_split(directory, index, name, corpus):
+def _open_split(directory, index, name, corpus, token_sizes):
     split, dtype = index["splits"][name], np.dtype(index["dtype"]).newbyteorder("<")
     shards = []
     for shard in split["shards"]:
@@ -248,7 +277,10 @@ def _open_split(directory, index, name, corpus):
         if sha256_of(path) != shard["sha256"]:
             raise ValueError(f"{path} is damaged: its SHA-256 is not the one in index.json")
         shards.append(np.memmap(path, dtype, "r"))
-    return Split(shards, np.array(split["documents"], np.int64), split["bytes"], f"{corpus} ({name} split)")
+    documents = getattr(corpus, name)
+    return Split(shards, np.array(split["documents"], np.int64), split["bytes"], f"{corpus.name} ({name} split)",
+                 tuple(document.name for document in documents), tuple(document.start for document in documents),
+                 token_sizes)
 
 
 class Dealer:
@@ -274,14 +306,27 @@ class Dealer:
         """Rows first to first + count - 1, (count, T + extra) int64."""
         return np.stack([self._row(number) for number in range(first, first + count)])
 
+    def source(self, number: int) -> tuple[str, int]:
+        """The document in which a row begins, by name, and the byte of its file at which it does.
+
+        A token of several bytes, so also a row, may begin within a character. `<s>` stands where its document begins.
+        """
+        start = self._start(number)
+        if self.order == "documents":
+            start += self._shift(int(np.searchsorted(self._stops, start, "right")))
+        return self.split.source(start)
+
     def _row(self, number):
+        start = self._start(number)
+        read = self.split.read if self.order == "windows" else self._read_documents
+        return read(start, start + self.length + self.extra)
+
+    def _start(self, number):
+        """Where a row begins in the split, or, with order "documents", in its epoch's string of documents."""
         epoch, row = divmod(number, self.rows_per_epoch)
         if epoch != self._epoch:
             self._deal(epoch)
-        if self.order == "windows":
-            start = self._offset + int(self._windows[row]) * self.length
-            return self.split.read(start, start + self.length + self.extra)
-        return self._read_documents(row * self.length, row * self.length + self.length + self.extra)
+        return self._offset + int(self._windows[row]) * self.length if self.order == "windows" else row * self.length
 
     def _deal(self, epoch):
         random = np.random.default_rng([self.seed, epoch])
@@ -300,10 +345,14 @@ class Dealer:
         document = int(np.searchsorted(self._stops, start, "right"))
         while start < stop:
             end = min(stop, int(self._stops[document]))
-            shift = int(self._firsts[document]) - (int(self._stops[document - 1]) if document else 0)
+            shift = self._shift(document)
             parts.append(self.split.read(start + shift, end + shift))
             start, document = end, document + 1
         return np.concatenate(parts)
+
+    def _shift(self, document):
+        """What leads from a place in the epoch's string, in its n-th document, to the place in the split."""
+        return int(self._firsts[document]) - (int(self._stops[document - 1]) if document else 0)
 
 
 def in_order(split: Split, length: int, extra: int, batch_size: int, pad: int) -> Iterator[np.ndarray]:

@@ -97,7 +97,7 @@ def test_the_index(folder, make):
 class WideTokenizer:
     """Bytes as ids from 70,000 on: a vocabulary that needs more than 16 bits."""
 
-    vocab_size, fingerprint, document_start = 70_300, "wide", START
+    vocab_size, fingerprint, document_start, token_bytes = 70_300, "wide", START, []
 
     def encode_batch(self, texts):
         return [[70_000 + byte for byte in text.encode()] for text in texts]
@@ -344,6 +344,74 @@ def test_an_epoch_of_documents_has_each_token_once_and_keeps_documents_whole(tok
         assert string[0] in starts
         epochs.append(string.tolist())
     assert (epochs[0] != epochs[1] != epochs[2]) == (documents > 1)
+
+
+def check_source(dealer, tokenizer, number, folder):
+    """The file's bytes at the row's source are those of the row's tokens up to the next <s>; gives the source."""
+    [row] = dealer.rows(number, 1)
+    name, offset = dealer.source(number)
+    tokens, *others = np.split(row, np.flatnonzero(row[1:] == START) + 1)
+    expected, content = tokenizer.decode_bytes(tokens), (folder / name).read_bytes()
+    assert type(offset) is int and content[offset:offset + len(expected)] == expected
+    if row[0] == START:
+        assert offset == dealer.split.first_bytes[dealer.split.names.index(name)]
+    if others:
+        assert offset + len(expected) == len(content)
+    return name, offset
+
+
+@ORDERS
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+@pytest.mark.parametrize("length", [7, 60])
+def test_the_source_of_a_row_is_where_the_text_has_it(folder, make, monkeypatch, order, tokenizer, length):
+    """Across shards and blocks, in files named in folders, within characters, in many epochs."""
+    monkeypatch.setattr(data, "SHARD_TOKENS", 999)
+    monkeypatch.setattr(data, "BLOCK_TOKENS", 100)
+    (folder / "in").mkdir()
+    for number in range(4):
+        text = "".join(chr(random.Random(number).randrange(0x4E00, 0x9FFF)) + "é😀" for _ in range(200))
+        (folder / "in" / f"{number} 天.txt").write_text(text, "utf-8")
+    dataset = make(folder, tokenizer)
+    sources = []
+    for split in (dataset.train, dataset.val):
+        dealer = dealer_of(split, length, 1, order)
+        for number in random.Random(length).sample(range(3 * dealer.rows_per_epoch), 60):
+            sources.append(check_source(dealer, dataset.tokenizer, number, folder))
+            assert dealer_of(split, length, 1, order).source(number) == sources[-1]
+    assert len({name for name, _ in sources}) > 15
+    heads = [(folder / name).read_bytes()[offset] for name, offset in sources if "天" in name]
+    assert any(head & 0xC0 == 0x80 for head in heads) and any(head & 0xC0 != 0x80 for head in heads)
+
+
+@ORDERS
+def test_each_document_is_the_source_of_its_start(folder, make, order):
+    split = make(folder).train
+    dealer = dealer_of(split, 1, 0, order)
+    starts = [dealer.source(number) for number in range(len(split)) if dealer.rows(number, 1) == START]
+    assert sorted(starts) == sorted((document.name, 0) for document in open_corpus(str(folder)).train)
+
+
+@ORDERS
+def test_the_source_in_a_single_file_counts_from_the_files_begin(tmp_path, make, order):
+    """The held-out split of a file is its last part."""
+    (tmp_path / "a.txt").write_text("天é" * 500, "utf-8")
+    dataset = make(tmp_path / "a.txt", val_fraction=0.3)
+    for split, first in ((dataset.train, 0), (dataset.val, 1750)):
+        assert (split.names, split.first_bytes) == (("a.txt",), (first,))
+        dealer = dealer_of(split, 16, 1, order)
+        sources = [check_source(dealer, dataset.tokenizer, number, tmp_path) for number in range(40)]
+        assert min(offset for _, offset in sources) >= first
+
+
+def test_names_are_those_of_the_text_as_it_is_now(folder, make, tmp_path):
+    """The shards are found by content, wherever the text has moved to."""
+    (tmp_path / "val.txt").write_text("held out", "utf-8")
+    make(folder, val_path=str(tmp_path / "val.txt"))
+    (tmp_path / "moved").mkdir()
+    folder.rename(tmp_path / "moved" / "sub")
+    split = make(tmp_path / "moved", val_path=str(tmp_path / "val.txt")).train
+    assert make.lines == []
+    assert split.names == tuple(sorted(f"sub/{number}.txt" for number in range(30)))
 
 
 @ORDERS
