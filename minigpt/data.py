@@ -32,6 +32,7 @@ SHARD_TOKENS = 1 << 26
 ENCODE_BYTES = 1 << 22
 """Text that is tokenized at a time: enough to keep every core busy, little enough for memory."""
 FORMAT = 2
+INDEX = "index.json"
 BLOCK_TOKENS = 1 << 16
 """Tokens between two places of a split whose byte counts are kept."""
 
@@ -117,12 +118,11 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, say=lambda line: None)
     with locked(lock, lambda: say(f"waiting for another process that prepares {corpus.name}")):
         trained = _tokenizer(corpus, content, tokenizer, cache, say)
         directory = cache / "shards" / _key(FORMAT, content, trained.fingerprint)
-        try:
-            return _open(directory, corpus, trained)
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            say(f"{error}; making the shards again")
+        if directory.exists():
+            try:
+                return _open(directory, corpus, trained)
+            except ValueError as error:
+                say(f"{error}; making the shards again")
         say(f"tokenizing {sum(d.end - d.start for d in corpus.train + corpus.val) / 1e6:.1f} MB of {corpus.name}")
         _write_shards(corpus, trained, directory)
         return _open(directory, corpus, trained)
@@ -208,13 +208,21 @@ class _finished:
 
 
 def _write_shards(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    dtype = _dtype(tokenizer.vocab_size)
     with _finished(directory) as unfinished:
         index = {"format": FORMAT, "dtype": dtype.name, "byte_order": "little", "tokenizer": tokenizer.fingerprint,
                  "vocab_size": tokenizer.vocab_size, "splits": {}}
         for split, documents in (("train", corpus.train), ("val", corpus.val)):
             index["splits"][split] = _write_split(documents, tokenizer, dtype, unfinished, split)
-        write_sealed(unfinished / "index.json", index)
+        write_sealed(unfinished / INDEX, index)
+
+
+def _dtype(vocab_size):
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def _shard_name(split, number):
+    return f"{split}-{number:05d}.bin"
 
 
 def _write_split(documents, tokenizer, dtype, directory, split):
@@ -227,7 +235,7 @@ def _write_split(documents, tokenizer, dtype, directory, split):
         total += len(tokens)
         while len(tokens):
             if file is None:
-                shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": 0})
+                shards.append({"file": _shard_name(split, len(shards)), "tokens": 0})
                 file, digest = open(directory / shards[-1]["file"], "wb"), hashlib.sha256()
             room = SHARD_TOKENS - shards[-1]["tokens"]
             block = tokens[:room].tobytes()
@@ -258,29 +266,96 @@ def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tu
 
 
 def _open(directory: Path, corpus: Corpus, tokenizer: Tokenizer) -> Dataset:
-    index = read_sealed(directory / "index.json")
+    index = read_index(directory)
+    if (index["tokenizer"], index["vocab_size"]) != (tokenizer.fingerprint, tokenizer.vocab_size):
+        raise ValueError(f"{directory / INDEX}: made with another tokenizer, {index['tokenizer']!r}")
     token_sizes = np.array([len(token) for token in tokenizer.token_bytes])
-    try:
-        splits = {split: _open_split(directory, index, split, corpus, token_sizes) for split in ("train", "val")}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{directory / 'index.json'}: not an index of this version ({error!r})") from None
+    splits = {}
+    for name, documents in (("train", corpus.train), ("val", corpus.val)):
+        split = index["splits"][name]
+        num_bytes = sum(document.end - document.start for document in documents)
+        if (len(split["documents"]), split["bytes"]) != (len(documents), num_bytes):
+            raise ValueError(f"{directory / INDEX}: {name} has {len(split['documents'])} documents of {split['bytes']} "
+                             f"bytes, the text {len(documents)} of {num_bytes}")
+        shards = [open_shard(directory, index, shard) for shard in split["shards"]]
+        splits[name] = Split(shards, np.array(split["documents"], np.int64), num_bytes,
+                             f"{corpus.name} ({name} split)", tuple(document.name for document in documents),
+                             tuple(document.start for document in documents), token_sizes)
     return Dataset(directory, corpus.name, tokenizer, **splits)
 
 
-def _open_split(directory, index, name, corpus, token_sizes):
-    split, dtype = index["splits"][name], np.dtype(index["dtype"]).newbyteorder("<")
-    shards = []
-    for shard in split["shards"]:
-        path = directory / shard["file"]
-        if not path.is_file() or path.stat().st_size != shard["tokens"] * dtype.itemsize:
-            raise ValueError(f"{path} is missing or has the wrong size")
-        if sha256_of(path) != shard["sha256"]:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not the one in index.json")
-        shards.append(np.memmap(path, dtype, "r"))
-    documents = getattr(corpus, name)
-    return Split(shards, np.array(split["documents"], np.int64), split["bytes"], f"{corpus.name} ({name} split)",
-                 tuple(document.name for document in documents), tuple(document.start for document in documents),
-                 token_sizes)
+def read_index(directory: Path) -> dict:
+    """What index.json says of a data set, none of it impossible. Raises ValueError naming the file and what is wrong.
+
+    Whether the shards are what it says, `open_shard` tells.
+    """
+    path = directory / INDEX
+    try:
+        index = read_sealed(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    try:
+        _check_index(index)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not an index of this version ({error!r})") from None
+    return index
+
+
+def _check_index(index):
+    if index["format"] != FORMAT:
+        raise ValueError(f"format {index['format']!r}; this version reads {FORMAT}")
+    _check_count("vocab_size", index["vocab_size"])
+    for key, value in (("dtype", _dtype(index["vocab_size"]).name), ("byte_order", "little")):
+        if index[key] != value:
+            raise ValueError(f"{key} is {index[key]!r}, not {value!r}")
+    if not isinstance(index["tokenizer"], str):
+        raise ValueError(f"tokenizer {index['tokenizer']!r}; it must be text")
+    if index["splits"].keys() != {"train", "val"}:
+        raise ValueError(f"the splits {sorted(index['splits'])}; it must have train and val")
+    for name, split in index["splits"].items():
+        _check_split(name, **split)
+
+
+def _check_split(name, tokens, bytes, documents, shards):
+    for number, shard in enumerate(shards):
+        _check_shard(_shard_name(name, number), **shard)
+    _check_count(f"{name} bytes", bytes)
+    if tokens != sum(shard["tokens"] for shard in shards):
+        raise ValueError(f"{name} tokens {tokens!r}, not the sum of its shards'")
+    whole = all(type(start) is int for start in documents)
+    if not whole or documents[0] != 0 or any(start >= end for start, end in pairwise([*documents, tokens])):
+        raise ValueError(f"{name} documents do not begin at whole numbers that increase from 0 to less than {tokens}")
+
+
+def _check_shard(name, file, tokens, sha256):
+    if file != name:
+        raise ValueError(f"a shard {file!r} in the place of {name}")
+    _check_count(f"{name} tokens", tokens)
+    if not isinstance(sha256, str):
+        raise ValueError(f"{name} sha256 {sha256!r}; it must be text")
+
+
+def _check_count(what, number):
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{what} {number!r}; it must be a whole number above 0")
+
+
+def open_shard(directory: Path, index: dict, shard: dict) -> np.memmap:
+    """The tokens of a shard, each byte of it checked. Raises ValueError naming the file and what is wrong."""
+    path, dtype = directory / shard["file"], _dtype(index["vocab_size"])
+    size = shard["tokens"] * dtype.itemsize
+    if not path.is_file():
+        raise ValueError(f"{path}: {'not a file' if path.exists() else 'missing'}")
+    if path.stat().st_size != size:
+        raise ValueError(f"{path}: damaged, its size is {path.stat().st_size} bytes and not the index's {size}")
+    if sha256_of(path) != shard["sha256"]:
+        raise ValueError(f"{path}: damaged, its SHA-256 is not the index's")
+    tokens = np.memmap(path, dtype, "r")
+    if tokens.max() >= index["vocab_size"]:
+        raise ValueError(f"{path}: token {tokens.max()} is none of the vocabulary's {index['vocab_size']}")
+    return tokens
 
 
 class Dealer:

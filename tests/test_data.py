@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import threading
 
 import numpy as np
@@ -13,7 +14,7 @@ from minigpt import data
 from minigpt.config import DataConfig, TokenizerConfig
 from minigpt.corpus import open_corpus
 from minigpt.data import Dealer, Split, in_order, prepare
-from minigpt.files import sha256_of
+from minigpt.files import read_sealed, sha256_of, write_sealed
 from minigpt.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 START = SPECIAL_TOKENS["<s>"]
@@ -95,26 +96,24 @@ def test_the_index(folder, make):
 
 
 class WideTokenizer:
-    """Bytes as ids from 70,000 on: a vocabulary that needs more than 16 bits."""
+    """Bytes as the last 256 ids."""
 
-    vocab_size, fingerprint, document_start, token_bytes = 70_300, "wide", START, []
+    fingerprint, document_start, token_bytes = "wide", START, []
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
 
     def encode_batch(self, texts):
-        return [[70_000 + byte for byte in text.encode()] for text in texts]
+        return [[self.vocab_size - 256 + byte for byte in text.encode()] for text in texts]
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(65_536, "uint16"), (65_537, "uint32"), (70_300, "uint32")])
 def test_large_vocabularies_take_32_bits(folder, make, monkeypatch, vocab_size, dtype):
-    wide = WideTokenizer()
-    wide.vocab_size = vocab_size
-    if dtype == "uint16":
-        monkeypatch.setattr(WideTokenizer, "encode_batch", lambda self, texts: [[65_535] * len(text) for text in texts])
-    monkeypatch.setattr(data, "_tokenizer", lambda *arguments: wide)
+    monkeypatch.setattr(data, "_tokenizer", lambda *arguments: WideTokenizer(vocab_size))
     dataset = make(folder)
     assert json.loads((dataset.directory / "index.json").read_text())["dtype"] == dtype
-    ids = dataset.train.read(1, 50)
     first = open_corpus(str(folder)).train[0].path.read_bytes()[:49]
-    assert ids.tolist() == ([65_535] * 49 if dtype == "uint16" else [70_000 + byte for byte in first])
+    assert dataset.train.read(1, 50).tolist() == [vocab_size - 256 + byte for byte in first]
 
 
 @pytest.mark.parametrize("shard_tokens", [97, 1000])
@@ -158,6 +157,11 @@ def flip(path, offset):
     path.write_bytes(content)
 
 
+def instead(path, make):
+    path.unlink()
+    make(path)
+
+
 def change(path, old, new):
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
@@ -171,6 +175,11 @@ DAMAGE = {
     "half an index": lambda folder: os.truncate(folder / "index.json", 200),
     "an index of nothing": lambda folder: (folder / "index.json").write_bytes(b"[]"),
     "an index that is no UTF-8": lambda folder: (folder / "index.json").write_bytes(b"\xff"),
+    "a missing index": lambda folder: (folder / "index.json").unlink(),
+    "a pipe for a shard": lambda folder: instead(folder / "val-00000.bin", os.mkfifo),
+    "a device for a shard": lambda folder: instead(folder / "val-00000.bin", lambda path: path.symlink_to("/dev/zero")),
+    "a folder for a shard": lambda folder: instead(folder / "val-00000.bin", os.mkdir),
+    "a pipe for the index": lambda folder: instead(folder / "index.json", os.mkfifo),
     "a changed count of bytes": lambda folder: change(folder / "index.json", '"bytes": ', '"bytes": 1'),
     "a changed document": lambda folder: change(folder / "index.json", '"documents": [0, ', '"documents": [0, 1, '),
 }
@@ -178,7 +187,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_said_and_mended(folder, make, damage):
-    """A changed index.json, and with it wrong bits per byte, went unseen."""
+    """A changed index.json, and with it wrong bits per byte, went unseen; of a missing one nothing was said."""
     first = make(folder)
     expected = [first.train.read(0, 10**6), first.val.read(0, 10**6), first.train.documents, first.train.num_bytes]
     before = (first.directory / "index.json").read_bytes()
@@ -190,6 +199,118 @@ def test_damage_is_found_said_and_mended(folder, make, damage):
     assert (again.directory / "index.json").read_bytes() == before
     make(folder)
     assert make.lines == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "add"])
+def test_each_byte_of_each_file_counts(tmp_path, make, monkeypatch, damage):
+    monkeypatch.setattr(data, "SHARD_TOKENS", 700)
+    (tmp_path / "a.txt").write_text(make_text(60), "utf-8")
+    directory = make(tmp_path / "a.txt").directory
+    whole = {path: path.read_bytes() for path in sorted(directory.iterdir())}
+    assert len(whole) == 6
+    chance = random.Random(damage)
+    for path, content in whole.items():
+        for place in {0, len(content) - 1, *(chance.randrange(len(content)) for _ in range(6))}:
+            damaged = bytearray(content)
+            if damage == "flip":
+                damaged[place] ^= 1 << chance.randrange(8)
+            elif damage == "remove":
+                del damaged[place]
+            else:
+                damaged.insert(place and place + 1, chance.randrange(256))
+            path.write_bytes(damaged)
+            make(tmp_path / "a.txt")
+            assert make.lines[0].startswith(f"{path}: ") and make.lines[0].endswith("; making the shards again")
+            assert {path: path.read_bytes() for path in sorted(directory.iterdir())} == whole
+
+
+def test_a_stray_file_beside_the_shards_is_not_read(folder, make):
+    directory = make(folder).directory
+    os.mkfifo(directory / "train-00001.bin")
+    (directory / ".index.json.unfinished").write_bytes(b"{")
+    make(folder)
+    assert make.lines == []
+
+
+def reseal(directory, alter):
+    """Change what index.json says, and seal it anew."""
+    index = read_sealed(directory / "index.json")
+    alter(index)
+    write_sealed(directory / "index.json", index)
+
+
+def shard(**changes):
+    return lambda index: index["splits"]["train"]["shards"][0].update(changes)
+
+
+def train(**changes):
+    return lambda index: index["splits"]["train"].update(changes)
+
+
+HOSTILE = {
+    "a shard in the folder above": (shard(file="../train-00000.bin"), "shard '../train-00000.bin' in the place of"),
+    "a shard by its whole path": (shard(file="/etc/passwd"), "shard '/etc/passwd' in the place of train-00000.bin"),
+    "a shard in a folder": (shard(file="a/train-00000.bin"), "shard 'a/train-00000.bin' in the place of"),
+    "the other split's shard": (shard(file="val-00000.bin"), "shard 'val-00000.bin' in the place of train-00000.bin"),
+    "a shard of any name": (shard(file="train-0.bin"), "shard 'train-0.bin' in the place of train-00000.bin"),
+    "a shard whose name is no text": (shard(file=["a"]), r"shard \['a'\] in the place of"),
+    "a shard twice": (lambda index: index["splits"]["train"]["shards"].append(index["splits"]["train"]["shards"][0]),
+                      "shard 'train-00000.bin' in the place of train-00001.bin"),
+    "a shard without tokens": (shard(tokens=0), "tokens 0; it must be a whole number above 0"),
+    "a shard with a number for a hash": (shard(sha256=7), "train-00000.bin sha256 7; it must be text"),
+    "a shard of less than nothing": (shard(tokens=-2), "tokens -2; it must be a whole number above 0"),
+    "a shard of half a token": (shard(tokens=1.5), "tokens 1.5; it must be a whole number above 0"),
+    "another dtype": (lambda index: index.update(dtype="float64"), "dtype is 'float64', not 'uint16'"),
+    "a wider dtype": (lambda index: index.update(dtype="uint32"), "dtype is 'uint32', not 'uint16'"),
+    "a dtype that is a list": (lambda index: index.update(dtype=["<u2"]), "dtype is .*, not 'uint16'"),
+    "another byte order": (lambda index: index.update(byte_order="big"), "byte_order is 'big', not 'little'"),
+    "another format": (lambda index: index.update(format=99), "format 99; this version reads 2"),
+    "a vocabulary of no size": (lambda index: index.update(vocab_size=None), "vocab_size None; it must be a whole"),
+    "a smaller vocabulary": (lambda index: index.update(vocab_size=100), "made with another tokenizer"),
+    "another tokenizer": (lambda index: index.update(tokenizer="0" * 64), "another tokenizer, '0000"),
+    "a tokenizer that is no text": (lambda index: index.update(tokenizer=None), "tokenizer None; it must be text"),
+    "no validation split": (lambda index: index["splits"].pop("val"), r"splits \['train'\]; it must have train and"),
+    "a third split": (lambda index: index["splits"].update(test={}), "splits .*'test'.*it must have train and val"),
+    "splits in a list": (lambda index: index.update(splits=[]), "not an index of this version"),
+    "a count of tokens too many": (train(tokens=10**6), "train tokens 1000000, not the sum of its shards'"),
+    "bytes below nothing": (train(bytes=-1), "train bytes -1; it must be a whole number above 0"),
+    "a true count of bytes": (train(bytes=True), "train bytes True; it must be a whole number above 0"),
+    "bytes too many": (train(bytes=10**30), "train has 27 documents of 10{30} bytes, the text 27 of"),
+    "no documents": (train(documents=[]), "not an index of this version"),
+    "a document less": (lambda index: index["splits"]["train"]["documents"].pop(), "train has 26 documents"),
+    **{f"documents at {starts}": (train(documents=starts), "train documents do not begin at whole numbers")
+       for starts in ([1, 5], [0, -5], [0, 5, 5], [0, 9, 5], [0, 5.0], [0, True], [0, "5"], [0, 10**6], [0, 10**30],
+                      [0, None], "05")},
+    **{f"no {key}": (lambda index, key=key: index.pop(key), f"not an index of this version .*{key}")
+       for key in ("format", "dtype", "byte_order", "tokenizer", "vocab_size", "splits")},
+    **{f"a split without {key}": (lambda index, key=key: index["splits"]["val"].pop(key), f"of this version .*{key}")
+       for key in ("tokens", "bytes", "documents", "shards")},
+    **{f"a shard without {key}": (lambda index, key=key: index["splits"]["val"]["shards"][0].pop(key), f"{key}")
+       for key in ("file", "tokens", "sha256")},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_an_index_that_says_what_cannot_be_is_refused_though_its_seal_is_right(folder, make, case):
+    alter, message = HOSTILE[case]
+    directory = make(folder).directory
+    reseal(directory, alter)
+    make(folder)
+    [said] = [line for line in make.lines if line.endswith("; making the shards again")]
+    assert said.startswith(f"{directory / 'index.json'}: ") and re.search(message, said)
+    make(folder)
+    assert make.lines == []
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_though_the_hash_is_right(folder, make):
+    directory = make(folder).directory
+    path = directory / "val-00000.bin"
+    tokens = np.fromfile(path, "<u2")
+    tokens[-1] = 261
+    path.write_bytes(tokens.tobytes())
+    reseal(directory, lambda index: index["splits"]["val"]["shards"][0].update(sha256=sha256_of(path)))
+    make(folder)
+    assert make.lines[0].startswith(f"{path}: token 261 is none of the vocabulary's 261; ")
 
 
 def test_a_damaged_tokenizer_is_said_and_mended(folder, make, tmp_path):
