@@ -1,7 +1,8 @@
 """Checkpoints: atomic, hashed, without pickle, and enough to go on as if nothing had happened.
 
 A checkpoint directory holds model.safetensors, optimizer.safetensors, state.json, config.json, tokenizer/ and, written
-last, manifest.json with the size and SHA-256 of every other file. Without a valid manifest it is no checkpoint.
+last, manifest.json with the size and SHA-256 of every other file, and of itself. It holds nothing else, no link and no
+file that the manifest does not list (names that start with a dot aside), or it is no checkpoint.
 """
 
 from __future__ import annotations
@@ -13,21 +14,27 @@ import shutil
 import sys
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from minigpt.config import Config, make_config
-from minigpt.files import sha256_of, sync_directory, sync_file, write_durably
+from minigpt.files import read_json, read_sealed, sha256_of, sync_directory, sync_file, write_durably, write_sealed
+from minigpt.optim import STATE_KEYS
 from minigpt.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
-NAME = re.compile(r"step-\d{8,}")
+REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer/settings.json"}
+NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 UNFINISHED = ".unfinished"
 """Name of the directory in which a checkpoint is written before it gets its own."""
+
+
+class NotFinite(ValueError):
+    """A tensor to be saved holds a number that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,16 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Config:
-        return make_config(json.loads((self.path / "config.json").read_text("utf-8")))
+        path = self.path / "config.json"
+        try:
+            return make_config(read_json(path))
+        except (AttributeError, TypeError):
+            raise ValueError(f"{path}: holds no sections of settings") from None
 
     @cached_property
     def state(self) -> dict:
         """What the loop saved: step, data position, random number generators, best so far."""
-        return json.loads((self.path / "state.json").read_text("utf-8"))
+        return read_json(self.path / "state.json")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -53,38 +64,71 @@ class Checkpoint:
                              f"{self.config.model.vocab_size}; they do not belong together")
         return tokenizer
 
-    def load_model(self, model: torch.nn.Module) -> None:
-        """Copy the weights into `model`; names and shapes must be the same."""
+    def check_model(self, model: torch.nn.Module) -> None:
+        """Raise ValueError unless the weights have the names, shapes and types of `model`'s, from the header alone.
+
+        `model` may be on the meta device: what a config.json claims is then checked before memory is taken for it.
+        """
         path = self.path / "model.safetensors"
-        tensors, wanted = _load_tensors(path), model_tensors(model)
-        _check_same(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-                    {name: tuple(tensor.shape) for name, tensor in wanted.items()})
+        with _opened(path) as file:
+            found = {name: (tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype())
+                     for name in file.keys()}
+        wanted = {name: (tuple(tensor.shape), DTYPES[tensor.dtype]) for name, tensor in model_tensors(model).items()}
+        for name in sorted(found.keys() ^ wanted.keys()):
+            raise ValueError(f"{path}: {name} is {'missing' if name in wanted else 'not part of the model'}; "
+                             "the weights are of another model")
+        for name in found:
+            for what, here, there in zip(("shape", "type"), found[name], wanted[name]):
+                if here != there:
+                    raise ValueError(f"{path}: {name} has {what} {here}, the model's is {there}")
+
+    def load_model(self, model: torch.nn.Module) -> None:
+        """Copy the weights into `model`; names, shapes and types must be the same."""
+        self.check_model(model)
+        tensors = load_file(self.path / "model.safetensors")
         with torch.no_grad():
-            for name, tensor in wanted.items():
+            for name, tensor in model_tensors(model).items():
                 tensor.copy_(tensors[name])
 
     def load_optimizers(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         """Restore what `optimizer_tensors` gave when the checkpoint was saved."""
         path = self.path / "optimizer.safetensors"
-        tensors = _load_tensors(path)
+        with _opened(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         parameters = dict(model.named_parameters())
-        owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups
-                  for p in group["params"]}
+        owners = {id(parameter): optimizer for optimizer in optimizers for group in optimizer.param_groups
+                  for parameter in group["params"]}
+        found = {}
         for name, tensor in tensors.items():
-            parameter_name, key = name.rsplit("/", 1)
+            parameter_name, _, key = name.rpartition("/")
             if parameter_name not in parameters:
-                raise ValueError(f"{path}: state of {parameter_name}, which the model does not have")
+                raise ValueError(f"{path}: {name} is the state of a parameter that the model does not have")
             parameter = parameters[parameter_name]
-            owners[id(parameter)].state[parameter][key] = tensor.to(parameter.device)
+            shape = () if key == "step" else tuple(parameter.shape)
+            if tuple(tensor.shape) != shape or tensor.dtype != parameter.dtype:
+                raise ValueError(f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, not {shape} "
+                                 f"{parameter.dtype}")
+            found.setdefault(parameter_name, {})[key] = tensor.to(parameter.device)
+        for name, state in found.items():
+            optimizer = owners[id(parameters[name])]
+            if state.keys() != STATE_KEYS[type(optimizer)]:
+                raise ValueError(f"{path}: {name} has the state {sorted(state)}, {type(optimizer).__name__} needs "
+                                 f"{sorted(STATE_KEYS[type(optimizer)])}")
+            optimizer.state[parameters[name]] = state
+
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8",
+          torch.uint8: "U8"}
+"""Safetensors' names."""
 
 
 def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """{name: tensor} of the weights, a tied head left out."""
     tensors, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            tensors[name] = tensor
-        seen.add(tensor.data_ptr())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            tensors[name] = tensor.detach()
+        seen.add(id(tensor))
     return tensors
 
 
@@ -95,99 +139,117 @@ def optimizer_tensors(model: torch.nn.Module, optimizers: list[torch.optim.Optim
             for parameter, state in optimizer.state.items() for key, value in state.items()}
 
 
-def _check_same(path, found, wanted):
-    for name in sorted(found.keys() ^ wanted.keys()):
-        raise ValueError(f"{path}: {name} is {'missing' if name in wanted else 'not part of the model'}; "
-                         "the weights are of another model")
-    for name in found:
-        if found[name] != wanted[name]:
-            raise ValueError(f"{path}: {name} has shape {found[name]}, the model's is {wanted[name]}")
-
-
-def _load_tensors(path):
+def _opened(path):
     try:
-        return load_file(path)
+        return safe_open(path, "pt")
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
 
 
 def save(checkpoints: Path, step: int, *, model, optimizers, state: dict, config: Config, tokenizer) -> Path:
-    """Write `step-<step>` under `checkpoints` and give its path; a crash leaves the others as they were."""
+    """Write `step-<step>` under `checkpoints` and give its path.
+
+    At every moment of it the checkpoints before are as they were. Raises NotFinite naming a tensor with a number that
+    is not finite, and OSError where the disk refuses.
+    """
     path, unfinished = checkpoints / f"step-{step:08d}", checkpoints / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    tensors = {"model.safetensors": model_tensors(model), "optimizer.safetensors": optimizer_tensors(model, optimizers)}
+    for name, tensor in (item for group in tensors.values() for item in group.items()):
+        if not torch.isfinite(tensor).all():
+            raise NotFinite(f"{name} holds a number that is not finite")
     try:
-        _write(unfinished, model, optimizers, state, config, tokenizer)
+        delete(unfinished)
+        unfinished.mkdir(parents=True)
+        _write(unfinished, tensors, state, config, tokenizer)
+        replaced = path.with_name(f"{path.name}.replaced")
+        if path.is_dir():                               # only where this step's evaluation came after its checkpoint
+            delete(replaced)
+            os.replace(path, replaced)
+        os.replace(unfinished, path)
+        sync_directory(checkpoints)
+        delete(replaced)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"{path} could not be saved ({error}); the checkpoints before it are as they were") from None
-    delete(path)                                        # there is one only where this step's evaluation came after it
-    os.replace(unfinished, path)
-    sync_directory(checkpoints)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return path
 
 
-def _write(unfinished, model, optimizers, state, config, tokenizer):
-    save_file(_contiguous(model_tensors(model)), unfinished / "model.safetensors")
-    save_file(_contiguous(optimizer_tensors(model, optimizers)), unfinished / "optimizer.safetensors")
-    (unfinished / "state.json").write_text(json.dumps(state, indent=1), "utf-8")
-    (unfinished / "config.json").write_text(config.to_json(), "utf-8")
+def _write(unfinished, tensors, state, config, tokenizer):
+    for name, group in tensors.items():
+        save_file({key: tensor.contiguous() for key, tensor in group.items()}, unfinished / name)
+    write_durably(unfinished / "state.json", json.dumps(state, indent=1).encode())
+    write_durably(unfinished / "config.json", config.to_json().encode())
     tokenizer.save(unfinished / "tokenizer")
     files = {}
     for file in sorted(file for file in unfinished.rglob("*") if file.is_file()):
         sync_file(file)
         files[file.relative_to(unfinished).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     sync_directory(unfinished / "tokenizer")
-    write_durably(unfinished / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+    write_sealed(unfinished / MANIFEST, {"format": FORMAT, "files": files}, indent=1)
 
 
 def delete(path: Path) -> None:
-    """Remove a checkpoint, its manifest first, so that at no moment half of it looks whole."""
-    if path.is_dir():
+    """Remove a checkpoint, its manifest first, so that half of it never looks whole; of a link only the link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
         (path / MANIFEST).unlink(missing_ok=True)
         sync_directory(path)
         shutil.rmtree(path)
 
 
-def _contiguous(tensors):
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
 def verify(path: Path) -> None:
     """Raise ValueError naming the first file of a checkpoint that is not as its manifest says."""
     manifest = path / MANIFEST
+    if path.is_symlink() or manifest.is_symlink():
+        raise ValueError(f"{path if path.is_symlink() else manifest}: a symbolic link; a run holds its files itself")
     try:
-        content = json.loads(manifest.read_text("utf-8"))
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
-        known = content["format"] == FORMAT
+        content = read_sealed(manifest)
     except FileNotFoundError:
         raise ValueError(f"{path}: no checkpoint, {MANIFEST} is missing") from None
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{manifest}: format {content.get('format')!r}, this version reads {FORMAT}")
+    try:
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{manifest}: damaged ({error!r})") from None
-    if not known:
-        raise ValueError(f"{manifest}: format {content['format']!r}, this version reads {FORMAT}")
+        raise ValueError(f"{manifest}: not a manifest ({error!r})") from None
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{manifest}: {name} lies outside the checkpoint")
+    for name in sorted(REQUIRED - files.keys()):
+        raise ValueError(f"{manifest}: does not list {name}")
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_symlink():
+            raise ValueError(f"{file}: a symbolic link; a checkpoint holds its files itself")
+        if not file.is_dir() and name not in files and name != MANIFEST and not file.name.startswith("."):
+            raise ValueError(f"{file}: not listed in {MANIFEST}; remove it")
     for name, (size, digest) in files.items():
         file = path / name
-        if file.is_symlink() or not file.resolve().is_relative_to(path.resolve()):
-            raise ValueError(f"{manifest}: {name} lies outside the checkpoint")
         if not file.is_file():
             raise ValueError(f"{file}: missing")
         if file.stat().st_size != size or sha256_of(file) != digest:
             raise ValueError(f"{file}: damaged, its size or SHA-256 is not the manifest's")
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer/settings.json"):
-        if name not in files:
-            raise ValueError(f"{manifest}: does not list {name}")
 
 
 def in_run(run: Path) -> list[Path]:
     """A run's checkpoint directories, newest first, valid or not."""
-    named = [path for path in (run / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(named, key=step_of, reverse=True)
+    folder = run / "checkpoints"
+    if folder.is_symlink():
+        raise ValueError(f"{folder}: a symbolic link; a run holds its files itself (the run directory may be a link)")
+    named = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(named, key=lambda path: (step_of(path), not is_replaced(path)), reverse=True)
 
 
 def step_of(path: Path) -> int:
     """The step that a checkpoint directory is named after."""
-    return int(path.name.removeprefix("step-"))
+    return int(NAME.fullmatch(path.name)[1])
+
+
+def is_replaced(path: Path) -> bool:
+    """Whether a checkpoint gave its name to a later one of the same step; only a crash leaves such a directory."""
+    return NAME.fullmatch(path.name)[2] is not None
 
 
 def newest(run: Path, warn=lambda line: print(line, file=sys.stderr)) -> Checkpoint | None:
@@ -211,6 +273,7 @@ def find(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"no run or checkpoint {path}")
     if (path / MANIFEST).exists():
+        path = path.resolve() if path.is_symlink() else path        # what the user names may be a link
         verify(path)
         return Checkpoint(path)
     found = newest(path)
@@ -224,6 +287,9 @@ def prune(run: Path, step: int, keep_last: int, best_step: int | None) -> None:
 
     Later ones are damaged ones from before the run went on from here; they must not crowd out those that are whole.
     """
-    for path in [path for path in in_run(run) if step_of(path) <= step][keep_last:]:
-        if step_of(path) != best_step:
+    until = [path for path in in_run(run) if step_of(path) <= step]
+    kept = [path for path in until if not is_replaced(path)]
+    kept = kept[:keep_last] + [path for path in kept if step_of(path) == best_step]
+    for path in until:
+        if path not in kept:
             delete(path)

@@ -22,6 +22,10 @@ from types import MappingProxyType, NoneType
 from typing import get_args, get_type_hints
 
 
+MOST = 1 << 62
+"""Whole numbers up to this one fit in 64 bits, with room to count on."""
+
+
 def setting(default, *, low=None, high=None, choices=None):
     """A dataclass field with its default and, checked on construction, its inclusive range or its choices."""
     metadata = {"low": low, "high": high, "choices": choices}
@@ -101,7 +105,7 @@ class ModelConfig(Section):
     """Hidden size of the feed-forward; 0: 4 width, for swiglu 8/3 width rounded up to a multiple of 32."""
     norm: str = setting("rms_norm", choices=("layer_norm", "rms_norm"))
     """Normalisation."""
-    norm_eps: float = setting(1e-5, low=0.0)
+    norm_eps: float = setting(1e-5, low=0.0, high=1.0)
     """Added to the variance before its root."""
     norm_position: str = setting("pre", choices=("pre", "post"))
     """Norm before each sub-layer (GPT-2, Llama) or after each residual sum (BERT)."""
@@ -123,7 +127,7 @@ class ModelConfig(Section):
     """Sliding attention window in tokens; 0: the whole context."""
     dropout: float = setting(0.0, low=0.0, high=0.99)
     """Dropout of embeddings, attention weights and sub-layer outputs."""
-    init_std: float = setting(0.02, low=0.0)
+    init_std: float = setting(0.02, low=0.0, high=1e3)
     """Standard deviation of initial weights; sub-layer outputs get init_std / sqrt(2 depth)."""
 
     def check(self):
@@ -175,21 +179,21 @@ class ObjectiveConfig(Section):
 class OptimConfig(Section):
     name: str = setting("muon", choices=("muon", "adamw"))
     """"muon": Muon for the matrices inside the blocks and AdamW for the rest; "adamw": AdamW for everything."""
-    learning_rate: float = setting(1e-3, low=0.0)
+    learning_rate: float = setting(1e-3, low=0.0, high=1e3)
     """Peak learning rate of AdamW."""
-    muon_learning_rate: float = setting(0.02, low=0.0)
+    muon_learning_rate: float = setting(0.02, low=0.0, high=1e3)
     """Peak learning rate of Muon."""
     muon_momentum: float = setting(0.95, low=0.0, high=0.9999)
     """Nesterov momentum of Muon."""
-    weight_decay: float = setting(0.1, low=0.0)
+    weight_decay: float = setting(0.1, low=0.0, high=1e3)
     """Decoupled weight decay of matrices under AdamW; vectors have none."""
-    muon_weight_decay: float = setting(0.01, low=0.0)
+    muon_weight_decay: float = setting(0.01, low=0.0, high=1e3)
     """Decoupled weight decay under Muon."""
     beta1: float = setting(0.9, low=0.0, high=0.9999)
     """AdamW's decay of the first moment."""
     beta2: float = setting(0.95, low=0.0, high=0.99999)
     """AdamW's decay of the second moment."""
-    eps: float = setting(1e-8, low=0.0)
+    eps: float = setting(1e-8, low=0.0, high=1.0)
     """AdamW's epsilon."""
     grad_clip: float = setting(1.0, low=0.0)
     """Largest norm of all gradients together; 0: no clipping."""
@@ -213,7 +217,7 @@ class TrainConfig(Section):
     """Sequences in one forward and backward pass (micro-batch)."""
     accumulation_steps: int = setting(1, low=1, high=1 << 20)
     """Micro-batches in one optimizer step."""
-    seed: int = setting(1, low=0, high=2**62)
+    seed: int = setting(1, low=0)
     """Seed of the weights, the order of the data, masks and dropout."""
     device: str = setting("auto")
     """"auto" (CUDA where there is one, else the CPU) or a torch device name."""
@@ -238,10 +242,17 @@ class TrainConfig(Section):
     """Steps between lines of metrics.jsonl."""
     sample_prompts: list[str] = setting([])
     """Prompts that are continued at every evaluation, into samples.jsonl (causal models)."""
-    sample_tokens: int = setting(64, low=1)
+    sample_tokens: int = setting(64, low=1, high=10_000_000)
     """Length of those samples in tokens."""
     max_bad_steps: int = setting(5, low=1)
-    """Steps in a row with a loss or gradient that is not finite, all skipped, after which the run stops."""
+    """Steps in a row with a loss or gradient that is not finite, all skipped, after which the run stops; also how often
+    it goes back to a checkpoint without getting any further."""
+    spike_bound: float = setting(0.0, low=0.0)
+    """A training loss this far (nats) above its running average makes the run go back to its last checkpoint and pass
+    over that batch; 0: never."""
+    deterministic: bool = setting(False)
+    """On a GPU, take only algorithms that give the same bits each time, so that a resumed run ends like one that was
+    never stopped (on a CPU it does so anyway)."""
 
     def check(self):
         for prompt in self.sample_prompts:
@@ -255,7 +266,7 @@ class SamplingParams(Section):
 
     max_new_tokens: int = setting(128, low=1, high=10_000_000)
     """Longest continuation in tokens."""
-    repetition_penalty: float = setting(1.0, low=1e-3)
+    repetition_penalty: float = setting(1.0, low=1e-3, high=1e6)
     """Divides positive and multiplies negative logits of tokens that already stand in prompt or text; 1 is off."""
     temperature: float = setting(0.8, low=0.0, high=1e6)
     """Divides the logits; 0 always takes the likeliest token."""
@@ -263,7 +274,7 @@ class SamplingParams(Section):
     """Sample from the k likeliest tokens (all that tie with the last of them); 0 is off."""
     top_p: float = setting(0.95, low=0.0, high=1.0)
     """Nucleus: sample from the fewest tokens whose probabilities reach top_p; 1 is off."""
-    seed: int = setting(0, low=0, high=2**62)
+    seed: int = setting(0, low=0)
     """Seed of the draws; row i of several samples draws from (seed, i)."""
 
 
@@ -292,8 +303,12 @@ def check_value(key, value, hint, metadata):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{key} takes a list of strings, not {value!r}")
         return value
+    if type(value) is int and abs(value) > MOST:        # perhaps of more digits than Python writes
+        raise ValueError(f"{key} is a whole number beyond {MOST}; write a smaller one")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{key} = {value!r} has a NUL character; leave it out")
     kinds = get_args(hint) or (hint,)
-    if float in kinds and type(value) is int and abs(value) < 2**64:
+    if float in kinds and type(value) is int:
         value = float(value)
     if type(value) not in kinds:
         names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
@@ -320,12 +335,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(str(path), map(str, Path("configs").glob("*.toml")), n=1)
-        raise FileNotFoundError(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        tree = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        mend = f"did you mean {near[0]}?" if near else "name a TOML file, or the config.json of a run"
+        raise FileNotFoundError(f"no config file {path}; {mend}")
+    text, tree = _read(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds no sections; a run's config.json is one object of objects")
     places = {}
@@ -343,6 +355,30 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         tree.setdefault(section, {})[key] = value
         places[section, key] = "command line: "
     return make_config(tree, places)
+
+
+def _read(path):
+    """The text of a config file and what it says."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        if path.suffix == ".json":
+            return text, json.loads(text, object_pairs_hook=_each_once)
+        return text, tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply; a config is sections of keys") from None
+    except ValueError as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise ValueError(f"{path}: not valid {kind}: {error}") from None
+
+
+def _each_once(pairs):
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"{twice!r} stands twice in one object; keep one of them")
+    return tree
 
 
 def make_config(tree: dict[str, dict], places: Mapping[tuple[str, str], str] = MappingProxyType({})) -> Config:
@@ -412,7 +448,7 @@ def _parse_override(text):
         return section, key, None
     try:
         parsed = tomllib.loads(f"value = {value}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):                # no TOML, or a number of more digits than Python reads
         return section, key, value
     return section, key, parsed["value"] if len(parsed) == 1 else value
 

@@ -138,6 +138,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Run:
     is missing or damaged.
     """
     found = checkpoint.find(path)
+    with torch.device("meta"):
+        found.check_model(GPT(found.config.model))
     model = GPT(found.config.model).to(pick_device(device)).eval()
     found.load_model(model)
     return Run(model, found.tokenizer, found.config, found.path)

@@ -62,6 +62,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(parameters, updates.unbind(), alpha=-scale)
 
 
+STATE_KEYS = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum"}}
+"""What each optimizer remembers of a parameter."""
+
+
 def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """The optimizers of all parameters, each in exactly one group; a group's `peak_lr` is what the schedule scales."""
     named = list(model.named_parameters())

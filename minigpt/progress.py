@@ -32,17 +32,22 @@ class Progress:
         line = (f"step {step}/{self.max_steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  "
                 f"{duration(left)} left")
         if self.live:
-            self.out.write("\r" + line.ljust(self.width))
+            self._write("\r" + line.ljust(self.width))
             self.width = len(line)
         else:
-            self.out.write(line + "\n")
-        self.out.flush()
+            self._write(line + "\n")
 
     def say(self, line: str) -> None:
         clear = "\r" + " " * self.width + "\r" if self.live and self.width else ""
         self.width = 0
-        self.out.write(f"{clear}{line}\n")
-        self.out.flush()
+        self._write(f"{clear}{line}\n")
+
+    def _write(self, text):
+        try:
+            self.out.write(text)
+            self.out.flush()
+        except OSError:                                 # nobody reads any more, or the disk is full: training goes on
+            self.out = open(os.devnull, "w")
 
 
 def process_age() -> float:

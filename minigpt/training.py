@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 import math
 import os
-import signal
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -30,40 +27,18 @@ from minigpt.device import peak_flops, pick_device, pick_dtype
 from minigpt.engine import Run
 from minigpt.evaluate import Stopped, evaluate
 from minigpt.files import held, write_durably
+from minigpt.logs import JsonLines, finite
 from minigpt.model import GPT
 from minigpt.objectives import make_objective
 from minigpt.optim import make_optimizers, schedule, set_learning_rate
 from minigpt.progress import Progress, duration, process_age
+from minigpt.resume import LoopState, open_run, random_state, restore, set_random_state
+from minigpt.signals import StopFlag, stop_signals
+from minigpt.update import Spike, Unsound, add_gradients, apply_gradients
 
-FIXED_ON_RESUME = ("data.order", "data.document_mask", "tokenizer", "model", "objective", "train.seed",
-                   "train.batch_size", "train.accumulation_steps", "optim.name")
-"""Settings that a resumed run must share with the run as it was begun. The text may have moved, not changed."""
+SETTLED_STEPS = 20
+"""From this step on the average loss is known well enough to tell a spike from it."""
 
-
-@dataclass
-class LoopState:
-    """What the loop itself remembers; it is part of every checkpoint."""
-
-    step: int = 0
-    rows: int = 0
-    """Position in the data: training rows dealt so far."""
-    best_loss: float = math.inf
-    best_step: int | None = None
-    worse_evaluations: int = 0
-    """Evaluations in a row without a lower validation loss, for early stopping."""
-    evaluated: dict = dataclasses.field(default_factory=dict)
-    """Result of the last evaluation."""
-    evaluated_step: int | None = None
-    owed: dict = dataclasses.field(default_factory=dict)
-    """The log record of this step where an interrupt came before the evaluation that was due, else empty."""
-
-    def is_done(self, config: Config) -> bool:
-        """Whether the run has ended, by its last step or by early stopping, with an evaluation of where it ended."""
-        last = self.step >= config.train.max_steps or self.stopped_early(config)
-        return last and not self.owed and self.evaluated_step == self.step
-
-    def stopped_early(self, config: Config) -> bool:
-        return 0 < config.train.early_stopping <= self.worse_evaluations
 
 
 class Interrupted(Exception):
@@ -83,252 +58,317 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
     run = Path(config.train.run_dir).expanduser()
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file; name another train.run_dir")
+    progress = Progress(out)
     with held(run):
-        return train_in(run, config, resume, Progress(out))
+        found = open_run(run, config, resume, progress.say)
+        state = LoopState.of(found)
+        if state.is_done(config):
+            more = "train.early_stopping" if state.stopped_early(config) else "train.max_steps"
+            progress.say(f"{run} is finished: step {state.step}; a larger {more} goes on")
+            return closing_line(state.evaluated)
+        return Trainer(run, config, found, state, progress).train()
 
 
-def train_in(run: Path, config: Config, resume: bool, progress: Progress) -> str:
-    """`train` in a run directory that this process holds."""
-    began = time.monotonic() - process_age()
-    say = progress.say
-    found = open_run(run, config, resume, say)
-    state = LoopState(**found.state["loop"]) if found else LoopState()
-    if state.is_done(config):
-        more = "train.early_stopping" if state.stopped_early(config) else "train.max_steps"
-        say(f"{run} is finished: step {state.step}; a larger {more} goes on")
-        return closing_line(state.evaluated)
+class Trainer:
+    """One run in a directory that this process holds: its parts, its loop, and what the loop does."""
 
-    kernels.use(config.train.kernels)
-    device = pick_device(config.train.device)
-    wanted = found.state["dtype"] if found and config.train.dtype == "auto" else config.train.dtype
-    dtype_name = pick_dtype(wanted, device)
-    dtype = getattr(torch, dtype_name)
-    torch.manual_seed(config.train.seed)
+    def __init__(self, run: Path, config: Config, found: checkpoint.Checkpoint | None, state: LoopState,
+                 progress: Progress):
+        self.began = time.monotonic() - process_age()
+        self.run, self.state, self.progress, say = run, state, progress, progress.say
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # deterministic products, read by the first one
+        torch.use_deterministic_algorithms(config.train.deterministic)
+        kernels.use(config.train.kernels)
+        self.device = pick_device(config.train.device)
+        wanted = found.state["dtype"] if found and config.train.dtype == "auto" else config.train.dtype
+        self.dtype_name = pick_dtype(wanted, self.device)
+        self.dtype = getattr(torch, self.dtype_name)
+        torch.manual_seed(config.train.seed)
 
-    dataset = prepare(config.data, config.tokenizer, say)
-    tokenizer = found.tokenizer if found else dataset.tokenizer
-    if found and found.state["dataset"] != dataset.directory.name:
-        raise ValueError(f"{run}: the text or the tokenizer at {config.data.path} is not the one this run began with; "
-                         "restore it, or begin anew in another train.run_dir")
-    vocab_size = config.model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"model.vocab_size = {vocab_size} is less than the tokenizer's {tokenizer.vocab_size}")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    objective = make_objective(config, tokenizer)
-    T, B, A = config.model.context_length, config.train.batch_size, config.train.accumulation_steps
-    dealer = Dealer(dataset.train, T, extra=objective.extra, order=config.data.order, seed=config.train.seed)
+        self.dataset = prepare(config.data, config.tokenizer, say)
+        if found and found.state["dataset"] != self.dataset.directory.name:
+            raise ValueError(f"{run}: the text or the tokenizer at {config.data.path} is not the one this run began "
+                             "with; restore it, or begin anew in another train.run_dir")
+        self.tokenizer = found.tokenizer if found else self.dataset.tokenizer
+        vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
+        if vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(f"model.vocab_size = {vocab_size} is less than the tokenizer's "
+                             f"{self.tokenizer.vocab_size}")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+        self.config, self.micro_batch = config, config.train.batch_size
+        self.objective = make_objective(config, self.tokenizer)
+        self.dealer = Dealer(self.dataset.train, config.model.context_length, extra=self.objective.extra,
+                             order=config.data.order, seed=config.train.seed)
 
-    model = GPT(config.model).to(device)
-    optimizers = make_optimizers(model, config.optim)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    forward = compiled(model, config, objective, dealer, device, say) if config.train.compile else model
-    if found:
-        restore(found, model, optimizers, scaler)
-        say(f"going on from {found.path}")
-        if state.step >= config.train.max_steps and not state.owed:
-            state.owed = {"step": state.step, "tokens": state.rows * T}
-    start_files(run, config, tokenizer, state.step)
-    metrics, texts = JsonLines(run / "metrics.jsonl"), JsonLines(run / "samples.jsonl")
-    say(f"{dataset.name}: {len(dataset.train):,} tokens of {dataset.train.num_bytes:,} bytes to train on, "
-        f"{len(dataset.val):,} held out; {model.num_parameters / 1e6:.2f}M parameters; {device}, {dtype_name}")
+        self.model = GPT(config.model).to(self.device)
+        self.optimizers = make_optimizers(self.model, config.optim)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.forward = self.compiled() if config.train.compile else self.model
+        if found:
+            restore(found, self.model, self.optimizers, self.scaler)
+            say(f"going on from {found.path}")
+            if state.step >= config.train.max_steps and not state.owed:
+                state.owed = {"step": state.step, "tokens": self.tokens}
+        write_durably(run / "config.json", config.to_json().encode())
+        self.tokenizer.save(run / "tokenizer")
+        self.metrics, self.texts = JsonLines(run / "metrics.jsonl"), JsonLines(run / "samples.jsonl")
+        for log in (self.metrics, self.texts):
+            log.cut_back(state.step)
+        self.flops, self.peak = self.model.flops_per_token(), peak_flops(self.device)
+        self.stop = StopFlag()
+        self.troubles = {}                              # {what could not be written: why}, until it could
+        self.batch = (0, 0)                             # step number and first row of the batch last drawn
+        self.tries, self.furthest = 0, 0                # rollbacks that did not get beyond the furthest such step
+        say(f"{self.dataset.name}: {len(self.dataset.train):,} tokens of {self.dataset.train.num_bytes:,} bytes to "
+            f"train on, {len(self.dataset.val):,} held out; {self.model.num_parameters / 1e6:.2f}M parameters; "
+            f"{self.device}, {self.dtype_name}")
 
-    def autocast():
-        return torch.autocast(device.type, dtype) if dtype is not torch.float32 else nullcontext()
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.state.step * self.rows_per_step * self.config.model.context_length
 
-    def save():
-        loop = {"loop": dataclasses.asdict(state), "dataset": dataset.directory.name, "dtype": dtype_name,
-                "scaler": scaler.state_dict(), "random": random_state(device)}
-        checkpoint.save(run / "checkpoints", state.step, model=model, optimizers=optimizers, state=loop,
-                        config=config, tokenizer=tokenizer)
-        checkpoint.prune(run, state.step, config.train.keep_last, state.best_step if config.train.keep_best else None)
+    @property
+    def rows_per_step(self) -> int:
+        return self.config.train.batch_size * self.config.train.accumulation_steps
 
-    progress.start(state.step, config.train.max_steps)
-    flops, peak = model.flops_per_token(), peak_flops(device)
-    bad_steps, train_seconds, train_tokens = 0, 0.0, 0
-    with stop_signals() as stop:
-        while not state.is_done(config):
-            record = state.owed
-            if not record:
-                step_began = time.monotonic()
-                rate = schedule(state.step, config.train.max_steps, config.optim)
-                set_learning_rate(optimizers, rate)
-                batches = [objective.batch(dealer.rows(first, B), first)
-                           for first in range(state.rows, state.rows + A * B, B)]
-                totals = train_step(forward, objective, batches, optimizers, scaler, config.optim.grad_clip, autocast,
-                                    device)
-                state.step, state.rows = state.step + 1, state.rows + A * B
-                train_seconds, train_tokens = train_seconds + time.monotonic() - step_began, train_tokens + A * B * T
-                record = {"step": state.step, "tokens": state.rows * T, **totals,
-                          "lr": rate * config.optim.learning_rate,
-                          "elapsed_seconds": round(time.monotonic() - began, 3),
-                          "tokens_per_second": round(train_tokens / train_seconds, 1)}
-                if peak:
-                    record["mfu"] = round(flops * train_tokens / train_seconds / peak, 4)
-                overflowed = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(totals["train_loss"])
-                bad_steps = bad_steps + 1 if "skipped" in totals and not overflowed else 0
-                if "skipped" in totals:
-                    say(f"step {state.step} skipped: {totals['skipped']}; the weights are as before")
-                if bad_steps >= config.train.max_bad_steps:
-                    metrics.write(finite(record))
-                    save()
-                    raise ValueError(
-                        f"{bad_steps} steps in a row had a loss or gradient that is not finite; {run} is saved with "
-                        "the weights from before them. Lower optim.learning_rate, raise optim.warmup_steps or use "
-                        "train.dtype=float32 in a new run")
-                progress.update(state.step, totals["train_loss"], train_tokens / train_seconds)
-
-            last = state.step >= config.train.max_steps
-            best = False
-            if last or state.owed or state.step % config.train.eval_every == 0:
+    def train(self) -> str:
+        """The loop: from the state as it is to the end of the run. Gives the closing line."""
+        every = self.config.train
+        self.progress.start(self.state.step, every.max_steps)
+        self.begin_window()
+        with stop_signals() as self.stop:
+            while not self.state.is_done(self.config):
                 try:
-                    state.evaluated = evaluate(model, objective, dataset.val, context_length=T, batch_size=B,
-                                               autocast=autocast, should_stop=lambda: stop.number)
-                    state.owed, state.evaluated_step = {}, state.step
-                    best = state.evaluated["val_loss"] < state.best_loss
-                    note_evaluation(state, best)
-                    record = record | state.evaluated
-                    say(evaluation_line(record, state.stopped_early(config)))
-                    write_samples(texts, state.step, Run(model, tokenizer, config, run), config)
-                except Stopped:
-                    state.owed = finite(record)
-            if not state.owed and ("val_loss" in record or state.step % config.train.log_every == 0):
-                metrics.write(finite(record))
-                train_seconds, train_tokens = 0.0, 0
-            if (last or stop.number or state.stopped_early(config) or state.step % config.train.checkpoint_every == 0
-                    or best and config.train.keep_best):
-                save()
-            if stop.number:
-                raise Interrupted(128 + stop.number, f"stopped at step {state.step}, saved in {run}")
-    return closing_line(state.evaluated)
+                    record, best = self.state.owed or self.step(), False
+                    step, last = self.state.step, self.state.step >= every.max_steps
+                    if last or self.state.owed or step % every.eval_every == 0:
+                        record, best = self.evaluate(record)
+                    if not self.state.owed and ("val_loss" in record or "skipped" in record
+                                                or "avoided" in record or step % every.log_every == 0):
+                        self.attempt("a log", lambda line=record: self.metrics.write(line))
+                        self.begin_window()
+                    if self.state.bad_steps >= every.max_bad_steps:
+                        self.give_up()
+                    if (last or self.stop.number or self.state.stopped_early(self.config)
+                            or step % every.checkpoint_every == 0 or best and every.keep_best):
+                        self.save()
+                except Unsound as problem:
+                    self.roll_back(problem)
+                if self.stop.number:
+                    self.raise_troubles()
+                    raise Interrupted(128 + self.stop.number, f"stopped at step {self.state.step}, saved in {self.run}")
+        self.raise_troubles()
+        return closing_line(self.state.evaluated)
+
+    def step(self) -> dict:
+        """One optimizer step, or a skipped one, and its log record. Raises Unsound where it shows damage."""
+        state, config, avoided = self.state, self.config, []
+        began = time.monotonic()
+        while state.rows in state.avoided:
+            avoided += self.sources(state.rows)
+            state.rows += self.rows_per_step
+        self.batch = (state.step + 1, state.rows)
+        rate = schedule(state.step, config.train.max_steps, config.optim)
+        set_learning_rate(self.optimizers, rate)
+        highest = math.inf
+        if config.train.spike_bound and state.step >= SETTLED_STEPS and state.average_loss is not None:
+            highest = state.average_loss + config.train.spike_bound
+        record = self.within_memory(self.add_gradients)
+        record |= apply_gradients(record, self.optimizers, self.scaler, config.optim.grad_clip, highest)
+        state.step, state.rows, loss = state.step + 1, state.rows + self.rows_per_step, record["train_loss"]
+        if "skipped" in record:
+            self.progress.say(f"step {state.step} skipped: {record['skipped']}; the weights are as before; its batch "
+                              f"began at {self.place()}")
+            overflowed = self.scaler.is_enabled() and self.scaler.get_scale() > 1 and math.isfinite(loss)
+            state.skipped_steps, state.bad_steps = state.skipped_steps + 1, 0 if overflowed else state.bad_steps + 1
+        else:
+            before = loss if state.average_loss is None else state.average_loss
+            state.average_loss, state.bad_steps = before + (loss - before) / 20, 0
+        self.window_seconds += time.monotonic() - began
+        self.window_tokens += self.rows_per_step * config.model.context_length
+        speed = self.window_tokens / self.window_seconds
+        record = {"step": state.step, "tokens": self.tokens, **record, "lr": rate * config.optim.learning_rate,
+                  "skipped_steps": state.skipped_steps, "rollbacks": state.rollbacks,
+                  "elapsed_seconds": round(time.monotonic() - self.began, 3), "tokens_per_second": round(speed, 1)}
+        if avoided:
+            record["avoided"] = avoided
+        if self.peak:
+            record["mfu"] = round(self.flops * speed / self.peak, 4)
+        self.progress.update(state.step, loss, speed)
+        return record
+
+    def add_gradients(self) -> dict:
+        """The losses and, in the parameters, the gradients of the step's rows, cut into micro-batches."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        first, stop = self.state.rows, self.state.rows + self.rows_per_step
+        batches = [self.objective.batch(self.dealer.rows(start, min(self.micro_batch, stop - start)), start)
+                   for start in range(first, stop, self.micro_batch)]
+        return add_gradients(self.forward, self.objective, batches, self.scaler, self.autocast, self.device)
+
+    def within_memory(self, work):
+        """What `work` gives, made again with half the micro-batch for as long as the GPU's memory is too small."""
+        wanted, random = self.micro_batch, random_state(self.device)
+        while True:
+            try:
+                result = work()
+                break
+            except torch.OutOfMemoryError:
+                if self.micro_batch == 1:
+                    raise
+            self.micro_batch = (self.micro_batch + 1) // 2
+            set_random_state(random)
+            torch.cuda.empty_cache()
+        if self.micro_batch < wanted:
+            self.progress.say(f"the GPU's memory is too small for {wanted} rows at once: going on with "
+                              f"{self.micro_batch}, accumulated to the same step")
+        return result
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype) if self.dtype is not torch.float32 else nullcontext()
+
+    def evaluate(self, record: dict) -> tuple[dict, bool]:
+        """The record with the evaluation in it, and whether it is the best; a signal puts the evaluation off."""
+        state, config = self.state, self.config
+        try:
+            evaluated = self.within_memory(lambda: evaluate(
+                self.model, self.objective, self.dataset.val, context_length=config.model.context_length,
+                batch_size=self.micro_batch, autocast=self.autocast, should_stop=lambda: self.stop.number))
+            samples = self.samples()
+        except Stopped:
+            state.owed = finite(record)
+            return record, False
+        state.owed, state.evaluated, state.evaluated_step = {}, evaluated, state.step
+        best = evaluated["val_loss"] < state.best_loss
+        if best:
+            state.best_loss, state.best_step, state.worse_evaluations = evaluated["val_loss"], state.step, 0
+        else:
+            state.worse_evaluations += 1
+        record = record | evaluated
+        self.progress.say(evaluation_line(record, state.stopped_early(config)))
+        for sample in samples:
+            self.attempt("a log", lambda line=sample: self.texts.write(line))
+        return record, best
+
+    def samples(self) -> list[dict]:
+        """Continuations of train.sample_prompts with a fixed seed, so that those of two steps can be compared."""
+        if not self.objective.is_causal:
+            return []
+        samples, run = [], Run(self.model, self.tokenizer, self.config, self.run)
+        self.model.eval()
+        try:
+            for prompt in self.config.train.sample_prompts:
+                pieces = []
+                for piece in run.stream(prompt, SamplingParams(max_new_tokens=self.config.train.sample_tokens)):
+                    pieces.append(piece)
+                    if self.stop.number:
+                        raise Stopped
+                samples.append({"step": self.state.step, "prompt": prompt, "text": "".join(pieces)})
+        finally:
+            self.model.train()
+        return samples
+
+    def save(self) -> None:
+        """Logs, then the checkpoint, so that no checkpoint is ahead of its logs; then what is no longer kept goes."""
+        self.attempt("a log", lambda: [log.sync() for log in (self.metrics, self.texts)])
+        self.attempt("a checkpoint", self.save_checkpoint)
+
+    def save_checkpoint(self) -> None:
+        random = {name: base64.b64encode(state.numpy().tobytes()).decode()
+                  for name, state in random_state(self.device).items()}
+        state = {"loop": dataclasses.asdict(self.state), "dataset": self.dataset.directory.name,
+                 "dtype": self.dtype_name, "scaler": self.scaler.state_dict(), "random": random}
+        try:
+            checkpoint.save(self.run / "checkpoints", self.state.step, model=self.model, optimizers=self.optimizers,
+                            state=state, config=self.config, tokenizer=self.tokenizer)
+        except checkpoint.NotFinite as problem:
+            raise Unsound(f"{problem}") from None
+        best_step = self.state.best_step if self.config.train.keep_best else None
+        checkpoint.prune(self.run, self.state.step, self.config.train.keep_last, best_step)
+
+    def attempt(self, what: str, write) -> None:
+        """Write something; where the disk refuses, say so and go on: it is tried again, and in the end it counts."""
+        try:
+            write()
+            self.troubles.pop(what, None)
+        except OSError as error:
+            if what not in self.troubles or what == "a checkpoint":
+                self.progress.say(f"warning: {error}; the run goes on and will try again")
+            self.troubles[what] = error
+
+    def raise_troubles(self) -> None:
+        """At the end of the run: raise OSError where something is still not written."""
+        for what, error in self.troubles.items():
+            raise OSError(f"{what} could not be written to the end: {error}")
+
+    def roll_back(self, problem: Unsound) -> None:
+        """Go back to the newest checkpoint, and pass over the batch at which the problem showed.
+
+        A spike before the first checkpoint only passes over the batch. Raises ValueError where there is nothing to go
+        back to, or where it did not help.
+        """
+        before, (step, first) = self.state, self.batch
+        self.progress.say(f"step {step}: {problem}; its batch began at {self.place()}")
+        self.tries = self.tries + 1 if step <= self.furthest else 1
+        self.furthest = max(step, self.furthest)
+        found = checkpoint.newest(self.run, self.progress.say)
+        if self.tries > self.config.train.max_bad_steps or not found and not isinstance(problem, Spike):
+            raise ValueError(f"step {step}: {problem}, and {'going back did not mend it' if found else NO_CHECKPOINT}; "
+                             f"{ADVICE}")
+        if found:
+            self.state = LoopState.of(found)
+            restore(found, self.model, self.optimizers, self.scaler)
+            for log in (self.metrics, self.texts):
+                self.attempt("a log", lambda log=log: log.cut_back(self.state.step))
+        self.state.rollbacks = before.rollbacks + 1
+        self.state.avoided = sorted({*before.avoided, first})
+        self.begin_window()
+        self.progress.say(f"going on from step {self.state.step}, without that batch")
+
+    def give_up(self) -> None:
+        """Save with the weights from before the bad steps, and raise ValueError with advice."""
+        bad_steps, self.state.bad_steps = self.state.bad_steps, 0
+        self.save()
+        self.raise_troubles()
+        raise ValueError(f"{bad_steps} steps in a row had a loss or gradient that is not finite; {self.run} is saved "
+                         f"with the weights from before them. {ADVICE}")
+
+    def sources(self, first: int) -> list[tuple[str, int]]:
+        """Document and byte offset at which each row of the batch from row `first` on begins."""
+        return [self.dealer.source(row) for row in range(first, first + self.rows_per_step)]
+
+    def place(self) -> str:
+        """Where the batch last drawn came from, in words."""
+        sources = self.sources(self.batch[1])
+        more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+        return ", ".join(f"{name} byte {offset}" for name, offset in sources[:3]) + more
+
+    def begin_window(self) -> None:
+        """From here on the speed is measured anew."""
+        self.window_seconds, self.window_tokens = 0.0, 0
+
+    def compiled(self):
+        """The model with a compiled `hidden`, proved on one row; where that fails the plain one, and a line why."""
+        try:
+            fast = CompiledHidden(self.model)
+            batch = self.objective.batch(self.dealer.rows(0, 1), 0).to(self.device)
+            self.objective.losses(fast, batch)
+            return fast
+        except Exception as error:
+            self.progress.say(f"torch.compile does not work here ({type(error).__name__}); going on without it")
+            return self.model
 
 
-def train_step(model, objective, batches, optimizers, scaler, grad_clip, autocast, device) -> dict:
-    """One update from all micro-batches, or none where the loss or a gradient is not finite ("skipped" says which).
-
-    Gives `train_loss`, each part's loss by its name, and `grad_norm`.
-    """
-    counts = {}
-    for batch in batches:
-        for part, count in objective.counts(batch).items():
-            counts[part] = counts.get(part, 0) + count
-    sums = dict.fromkeys(counts, 0.0)
-    for batch in batches:
-        with autocast():
-            losses = objective.losses(model, batch.to(device))
-        loss = sum(objective.weights[part] * losses[part] / max(1, counts[part]) for part in losses)
-        scaler.scale(loss).backward()
-        for part in losses:
-            sums[part] = sums[part] + losses[part].detach()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
-    means = {part: float(sums[part]) / max(1, counts[part]) for part in sums}
-    result = {"train_loss": sum(objective.weights[part] * mean for part, mean in means.items()), **means,
-              "grad_norm": norm}
-    if not math.isfinite(result["train_loss"]):
-        result["skipped"] = f"the loss is {result['train_loss']}"
-    elif math.isfinite(norm):
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-    else:
-        result["skipped"] = f"the gradient's norm is {norm}"
-    if scaler.is_enabled():
-        scaler.update()                                 # where a gradient overflowed, to half the loss scale
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return result
+ADVICE = "Lower optim.learning_rate, raise optim.warmup_steps or use train.dtype=float32 in a new run"
+NO_CHECKPOINT = "there is no checkpoint yet to go back to"
 
 
-def open_run(run: Path, config: Config, resume: bool, say) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from, or None for a new run. Refuses to write over a run, and to resume another one."""
-    if not any(run.iterdir()):
-        return None
-    if not resume:
-        raise ValueError(f"{run} is not empty; go on with --resume, or name another train.run_dir")
-    found = checkpoint.newest(run, say)
-    if found is None:
-        if checkpoint.in_run(run) and any((path / checkpoint.MANIFEST).exists() for path in checkpoint.in_run(run)):
-            raise ValueError(f"{run} has only damaged checkpoints; restore one, or begin anew in another train.run_dir")
-        say(f"{run} has no checkpoint yet; beginning at step 0")
-        return None
-    check_same_run(found, config)
-    return found
+class CompiledHidden:
+    """What an objective needs of a model, with `hidden` compiled."""
 
-
-def check_same_run(found: checkpoint.Checkpoint, config: Config) -> None:
-    """Raise ValueError naming the first setting that cannot change within a run and did."""
-    before, now = found.config.to_dict(), config.to_dict()
-    for place in FIXED_ON_RESUME:
-        section, _, only = place.partition(".")
-        for key in [only] if only else now[section]:
-            if (section, key) in (("model", "vocab_size"), ("tokenizer", "path")):
-                continue                                # the run fills in the first; the second is a mere place
-            if before[section][key] != now[section][key]:
-                raise ValueError(f"{section}.{key} = {now[section][key]!r}, but {found.path.parent.parent} was begun "
-                                 f"with {before[section][key]!r}; restore it, or begin anew in another train.run_dir")
-
-
-def restore(found, model, optimizers, scaler) -> None:
-    """Put weights, optimizers, loss scale and random number generators back as a checkpoint holds them."""
-    found.load_model(model)
-    found.load_optimizers(model, optimizers)
-    if scaler.is_enabled() and found.state["scaler"]:
-        scaler.load_state_dict(found.state["scaler"])
-    random = {name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-              for name, text in found.state["random"].items()}
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
-
-
-def random_state(device: torch.device) -> dict[str, str]:
-    """State of torch's generators, in base64."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
-
-
-def start_files(run: Path, config: Config, tokenizer, step: int) -> None:
-    """Write config and tokenizer, and cut the logs back to `step`."""
-    write_durably(run / "config.json", config.to_json().encode())
-    tokenizer.save(run / "tokenizer")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = (run / name).read_bytes().splitlines(keepends=True) if (run / name).exists() else []
-        write_durably(run / name, b"".join(line for line in lines if is_until(line, step)))
-
-
-def is_until(line: bytes, step: int) -> bool:
-    """Whether a log line is whole and not from after `step`."""
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-class JsonLines:
-    """Appends one JSON object a line, each in one write."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def write(self, record: dict) -> None:
-        with open(self.path, "ab") as file:
-            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-
-
-def finite(record: dict) -> dict:
-    """JSON knows no NaN and no infinity: such numbers become their names."""
-    return {key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()}
-
-
-def note_evaluation(state: LoopState, best: bool) -> None:
-    if best:
-        state.best_loss, state.best_step, state.worse_evaluations = state.evaluated["val_loss"], state.step, 0
-    else:
-        state.worse_evaluations += 1
+    def __init__(self, model: GPT):
+        self.head, self.hidden = model.head, torch.compile(model.hidden)
 
 
 def evaluation_line(record: dict, stopped_early: bool) -> str:
@@ -344,64 +384,3 @@ def closing_line(evaluated: dict) -> str:
     if "val_bpb" in evaluated:
         return f"final: {evaluated['val_bpb']:.4f} bits per byte"
     return f"final: {evaluated['val_loss']:.4f} nats per target"
-
-
-def write_samples(texts: JsonLines, step: int, run: Run, config: Config) -> None:
-    """Continue each of train.sample_prompts with a fixed seed, so that samples of two steps can be compared."""
-    if config.objective.name != "causal":
-        return
-    params = SamplingParams(max_new_tokens=config.train.sample_tokens)
-    run.model.eval()
-    try:
-        for prompt in config.train.sample_prompts:
-            texts.write({"step": step, "prompt": prompt, "text": run.generate(prompt, params)})
-    finally:
-        run.model.train()
-
-
-def compiled(model, config, objective, dealer, device, say):
-    """The model with a compiled `hidden`, proved on one row; the plain model, and one line why, where that fails."""
-    try:
-        fast = CompiledHidden(model)
-        batch = objective.batch(dealer.rows(0, 1), 0).to(device)
-        objective.losses(fast, batch)
-        return fast
-    except Exception as error:
-        say(f"torch.compile does not work here ({type(error).__name__}); going on without it")
-        return model
-
-
-class CompiledHidden:
-    """What an objective needs of a model, with `hidden` compiled."""
-
-    def __init__(self, model: GPT):
-        self.head, self.hidden = model.head, torch.compile(model.hidden)
-
-
-class StopFlag:
-    number = 0
-    """The signal that asked the run to stop, 0 while none has."""
-
-
-@contextmanager
-def stop_signals():
-    """SIGINT, SIGTERM and SIGHUP set a flag once; a second one ends the process as if nothing handled it."""
-    flag = StopFlag()
-
-    def handle(number, frame):
-        flag.number = number
-        for stop in before:
-            signal.signal(stop, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
-
-    before = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before[number] = signal.signal(number, handle)
-    except ValueError:                                  # not the main thread: signals are someone else's
-        pass
-    try:
-        yield flag
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

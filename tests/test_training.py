@@ -18,7 +18,7 @@ import torch
 from conftest import make_text
 from tiny import tiny_config
 
-from minigpt import checkpoint, engine, objectives, training
+from minigpt import checkpoint, engine, objectives, training, update
 from minigpt.model import GPT
 from minigpt.optim import make_optimizers, schedule
 from minigpt.tokenizer import Tokenizer
@@ -294,8 +294,10 @@ def test_one_overflow_holds_back_every_optimizer(tmp_path, text_file):
 
     def step():
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        result = training.train_step(model, objective, [batch], optimizers, scaler, 1.0, nullcontext,
-                                     torch.device("cpu"))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses = update.add_gradients(model, objective, [batch], scaler, nullcontext, torch.device("cpu"))
+        result = update.apply_gradients(losses, optimizers, scaler, 1.0)
         return result, [torch.equal(a, b) for a, b in zip(before, model.parameters())]
 
     assert not any(step()[1])

@@ -1,0 +1,133 @@
+"""What a run goes on from: the loop's state, the checkpoint it is in, and putting everything back as it was."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import torch
+
+from minigpt import checkpoint
+from minigpt.config import Config
+
+FIXED_ON_RESUME = ("data.order", "data.document_mask", "tokenizer", "model", "objective", "train.seed",
+                   "train.batch_size", "train.accumulation_steps", "optim.name")
+"""Settings that a resumed run must share with the run as it was begun. The text may have moved, not changed."""
+SAVED = {"loop": dict, "dataset": str, "dtype": str, "scaler": dict, "random": dict}
+"""What state.json holds."""
+
+
+@dataclass
+class LoopState:
+    """What the loop itself remembers; it is part of every checkpoint."""
+
+    step: int = 0
+    rows: int = 0
+    """Position in the data: training rows dealt so far."""
+    best_loss: float = math.inf
+    best_step: int | None = None
+    worse_evaluations: int = 0
+    """Evaluations in a row without a lower validation loss, for early stopping."""
+    evaluated: dict = dataclasses.field(default_factory=dict)
+    """Result of the last evaluation."""
+    evaluated_step: int | None = None
+    owed: dict = dataclasses.field(default_factory=dict)
+    """The log record of this step where an interrupt came before the evaluation that was due, else empty."""
+    average_loss: float | None = None
+    """Running average of the training loss, to which each step adds a twentieth; None before the first."""
+    bad_steps: int = 0
+    """Steps in a row that were skipped because the loss or a gradient was not finite."""
+    skipped_steps: int = 0
+    """All such steps so far."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint, or would have if there had been one."""
+    avoided: list = dataclasses.field(default_factory=list)
+    """First rows of the batches that are passed over, because the run went back on account of them."""
+
+    def is_done(self, config: Config) -> bool:
+        """Whether the run has ended, by its last step or by early stopping, with an evaluation of where it ended."""
+        last = self.step >= config.train.max_steps or self.stopped_early(config)
+        return last and not self.owed and self.evaluated_step == self.step
+
+    def stopped_early(self, config: Config) -> bool:
+        return 0 < config.train.early_stopping <= self.worse_evaluations
+
+    @classmethod
+    def of(cls, found: checkpoint.Checkpoint | None) -> LoopState:
+        """The state in a checkpoint, a new one for None; ValueError where that file holds something else."""
+        if found is None:
+            return cls()
+        try:
+            state = cls(**found.state["loop"])
+            sound = (all(isinstance(getattr(state, key), kind) for key, kind in get_type_hints(cls).items())
+                     and min(state.step, state.rows) >= 0 and (not state.evaluated or "val_loss" in state.evaluated)
+                     and all(isinstance(found.state[key], kind) for key, kind in SAVED.items())
+                     and found.state["dtype"] in ("float32", "bfloat16", "float16"))
+        except (TypeError, KeyError):
+            sound = False
+        if not sound:
+            raise ValueError(f"{found.path / 'state.json'}: not a state of this version")
+        return state
+
+
+def open_run(run: Path, config: Config, resume: bool, say) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, or None for a new run. Refuses to write over a run, and to resume another one."""
+    if not any(run.iterdir()):
+        return None
+    if not resume:
+        raise ValueError(f"{run} is not empty; go on with --resume, or name another train.run_dir")
+    for path in (*run.iterdir(), *run.glob("tokenizer/*")):
+        if path.is_symlink():
+            raise ValueError(f"{path}: a symbolic link; a run holds its files itself (the run directory may be a link)")
+    found = checkpoint.newest(run, say)
+    if found is None:
+        if any((path / checkpoint.MANIFEST).exists() for path in checkpoint.in_run(run)):
+            raise ValueError(f"{run} has only damaged checkpoints; restore one, or begin anew in another train.run_dir")
+        say(f"{run} has no checkpoint yet; beginning at step 0")
+        return None
+    check_same_run(found, config)
+    return found
+
+
+def check_same_run(found: checkpoint.Checkpoint, config: Config) -> None:
+    """Raise ValueError naming the first setting that cannot change within a run and did."""
+    before, now = found.config.to_dict(), config.to_dict()
+    for place in FIXED_ON_RESUME:
+        section, _, only = place.partition(".")
+        for key in [only] if only else now[section]:
+            if (section, key) in (("model", "vocab_size"), ("tokenizer", "path")):
+                continue                                # the run fills in the first; the second is a mere place
+            if before[section][key] != now[section][key]:
+                raise ValueError(f"{section}.{key} = {now[section][key]!r}, but {found.path.parent.parent} was begun "
+                                 f"with {before[section][key]!r}; restore it, or begin anew in another train.run_dir")
+
+
+def restore(found: checkpoint.Checkpoint, model, optimizers, scaler) -> None:
+    """Put weights, optimizers, loss scale and random number generators back as a checkpoint holds them."""
+    found.load_model(model)
+    found.load_optimizers(model, optimizers)
+    try:
+        if scaler.is_enabled() and found.state["scaler"]:
+            scaler.load_state_dict(found.state["scaler"])
+        set_random_state({name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+                          for name, text in found.state["random"].items()})
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{found.path / 'state.json'}: damaged random numbers or loss scale ({error!r})") from None
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of torch's generators, the only ones that a run draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
