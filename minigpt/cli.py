@@ -90,7 +90,33 @@ def _sample(arguments):
             print(f"{header}{prompt or ''}{text}")
 
 
-VERBS = {"train": train, "sample": sample}
+def verify(argv: list[str] | None = None) -> None:
+    """`minigpt verify PATH [--json]`"""
+    parser = argparse.ArgumentParser(
+        prog="minigpt verify", allow_abbrev=False,
+        description="Check every byte of a run, a checkpoint or a data set; exit code 1 where one is lost.")
+    parser.add_argument("path", metavar="PATH", help="a run, a checkpoint or a directory of shards")
+    parser.add_argument("--json", action="store_true", help="one JSON object: path, ok and findings")
+    arguments = parser.parse_args(argv)
+    _run(lambda: _verify(arguments), "stopped")
+
+
+def _verify(arguments):
+    from minigpt.verify import verify
+
+    findings = []
+    for finding in verify(Path(arguments.path)):
+        findings.append(dataclasses.asdict(finding))
+        if not arguments.json:
+            print(_one_line(finding), flush=True)
+    ok = all(finding["status"] != "damaged" for finding in findings)
+    if arguments.json:
+        print(json.dumps({"path": arguments.path, "ok": ok, "findings": findings}, ensure_ascii=False), flush=True)
+    if not ok:
+        sys.exit(1)
+
+
+VERBS = {"train": train, "sample": sample, "verify": verify}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -134,8 +160,12 @@ def _run(command, on_interrupt) -> None:
 
 
 def _fail(error):
-    print("error:", str(error).replace("\n", "\\n"), file=sys.stderr)
+    print("error:", _one_line(error), file=sys.stderr)
     sys.exit(2)
+
+
+def _one_line(message):
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message))
 
 
 def _command_line(more):
