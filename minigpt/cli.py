@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import errno
 import json
 import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from minigpt.config import SamplingParams, field_docs, help_text, load_config
 
 MOST_SAMPLES = 10_000
 """More would not fit in memory at once; run the command again with other seeds."""
+MENDS = {
+    errno.EACCES: "change its permissions or name another",
+    errno.EPERM: "change its permissions or name another",
+    errno.EROFS: "name a place on a disk that can be written",
+    errno.ENOSPC: "make room or name a place on another disk",
+    errno.EDQUOT: "make room or name a place on another disk",
+    errno.ENAMETOOLONG: "name a shorter one",
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "a file stands where a directory should, so name another",
+    errno.EEXIST: "move it away or name another",
+    errno.ENOENT: "restore it or name another",
+    errno.ELOOP: "mend its symbolic links or name another",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "check the disk or name a place on another one",
+}
+"""What a user does about an error of the operating system."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message):
+        _fail(f"{message}; {self.prog} --help lists what there is")
 
 
 def train(argv: list[str] | None = None) -> None:
     """`train.py CONFIG [--section.key=value ...] [--resume]`"""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="train.py CONFIG [--section.key=value ...] [--resume]",
         description="Train a model as a TOML file says (or the config.json of a run).", epilog=help_text())
@@ -48,8 +74,7 @@ def _train(arguments, overrides, go_on):
 
 def sample(argv: list[str] | None = None) -> None:
     """`sample.py RUN_OR_CHECKPOINT --prompt TEXT [...]`"""
-    parser = argparse.ArgumentParser(
-        prog="sample.py", allow_abbrev=False, description="Sample text from a run or checkpoint.")
+    parser = Parser(prog="sample.py", allow_abbrev=False, description="Sample text from a run or checkpoint.")
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--prompt", help="text to continue; without it a new document is begun")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many samples (default 1)")
@@ -92,9 +117,8 @@ def _sample(arguments):
 
 def verify(argv: list[str] | None = None) -> None:
     """`minigpt verify PATH [--json]`"""
-    parser = argparse.ArgumentParser(
-        prog="minigpt verify", allow_abbrev=False,
-        description="Check every byte of a run, a checkpoint or a data set; exit code 1 where one is lost.")
+    parser = Parser(prog="minigpt verify", allow_abbrev=False,
+                    description="Check every byte of a run, a checkpoint or a data set; exit code 1 where one is lost.")
     parser.add_argument("path", metavar="PATH", help="a run, a checkpoint or a directory of shards")
     parser.add_argument("--json", action="store_true", help="one JSON object: path, ok and findings")
     arguments = parser.parse_args(argv)
@@ -129,8 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv in (["--help"], ["-h"]):
         print(usage)
         return
-    print(usage if not argv else f"error: unknown verb {argv[0]!r}\n{usage}", file=sys.stderr)
-    sys.exit(2)
+    near = difflib.get_close_matches(argv[0], VERBS, n=1) if argv else []
+    what = f"unknown verb {argv[0]!r}" if argv else "a verb is missing"
+    _fail(f"{what}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"))
 
 
 def _run(command, on_interrupt) -> None:
@@ -160,12 +185,20 @@ def _run(command, on_interrupt) -> None:
 
 
 def _fail(error):
-    print("error:", _one_line(error), file=sys.stderr)
+    print("error:", _one_line(_in_words(error)), file=sys.stderr)
     sys.exit(2)
 
 
 def _one_line(message):
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(message))
+
+
+def _in_words(error):
+    """The message of an error; where the operating system gave it, with the file before and the mend behind."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{place}{error.strerror}; {MENDS.get(error.errno, 'mend this or name another')}"
 
 
 def _command_line(more):
@@ -174,6 +207,9 @@ def _command_line(more):
     if words[0].endswith("__main__.py"):
         words[:1] = ["-m", "minigpt"]
     if words[0].endswith(".py") or words[0] == "-m":
-        python = sys.executable if not sys.executable.startswith(os.getcwd()) else os.path.relpath(sys.executable)
+        python = sys.executable
+        with suppress(FileNotFoundError):               # the current directory may have been removed
+            if python.startswith(os.getcwd()):
+                python = os.path.relpath(python)
         words = [python, *words]
     return shlex.join(words)

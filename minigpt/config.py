@@ -16,11 +16,11 @@ import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import get_args, get_type_hints
-
 
 MOST = 1 << 62
 """Whole numbers up to this one fit in 64 bits, with room to count on."""
@@ -135,7 +135,8 @@ class ModelConfig(Section):
             raise ValueError(f"width = {self.width} is not a multiple of num_heads = {self.num_heads}; "
                              "change one of them or set head_size")
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}")
+            raise ValueError(f"num_heads = {self.num_heads} is not a multiple of num_kv_heads = {self.num_kv_heads}; "
+                             "change one of them")
         if self.position == "rotary" and self.D % 2:
             size = "head_size" if self.head_size else "width / num_heads"
             raise ValueError(f"{size} = {self.D} is odd; rotary positions turn pairs, so make it even")
@@ -455,10 +456,15 @@ def _parse_override(text):
 
 def field_docs(section: type[Section]) -> dict[str, str]:
     """{field: the docstring under it}, read from this file."""
-    tree = ast.parse(Path(__file__).read_text("utf-8"))
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
+    body = next(node.body for node in _this_file().body
+                if isinstance(node, ast.ClassDef) and node.name == section.__name__)
     return {field.target.id: " ".join(docstring.value.value.split()) for field, docstring in pairwise(body)
             if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr)}
+
+
+@cache
+def _this_file():
+    return ast.parse(Path(__file__).read_text("utf-8"))
 
 
 def help_text() -> str:

@@ -87,7 +87,7 @@ def open_corpus(path: str, *, include=("*",), val_path="", val_fraction=0.1) -> 
     """
     documents = list_documents(path, include)
     if val_path:
-        val = list_documents(val_path, include)
+        val = list_documents(val_path, include, "data.val_path")
         held_out = {document.path.resolve() for document in val}
         train = [document for document in documents if document.path.resolve() not in held_out]
         if not train:
@@ -124,13 +124,16 @@ def _continuation(data):
         yield byte
 
 
-def list_documents(path: str, include=("*",)) -> list[Document]:
-    """The files of `path`, sorted by name; each is one whole document. Empty files raise, naming the file."""
+def list_documents(path: str, include=("*",), key="data.path") -> list[Document]:
+    """The files of `path`, sorted by name; each is one whole document. Empty files raise, naming the file.
+
+    `key` is the setting that named the path, for messages.
+    """
     if path == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         names = sorted(name for name in _walk(root, NO_STDLIB_DIRS) if name.endswith(".py"))
         names = [name for name in names if (root / name).stat().st_size]
-        hint = "this Python has no library sources; give a file or folder as data.path"
+        hint = f"this Python has no library sources; give a file or folder as {key}"
     else:
         root = Path(os.path.expanduser(path))
         if root.is_file():
@@ -138,7 +141,9 @@ def list_documents(path: str, include=("*",)) -> list[Document]:
         elif root.is_dir():
             names = sorted(name for name in _walk(root) if _included(name, include))
         else:
-            raise FileNotFoundError(f"data: no file or folder {path}")
+            what = ("neither a file nor a folder" if root.exists() else "a broken link" if root.is_symlink()
+                    else "no such file or folder")
+            raise FileNotFoundError(f"{key} = {path!r}: {what}; name a file or folder of UTF-8 text")
         hint = f"no file in it matches data.include = {list(include)}"
     if not names:
         raise ValueError(f"{path}: {hint}")

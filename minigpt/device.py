@@ -20,8 +20,10 @@ def pick_device(name: str | torch.device | None = "auto") -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(name)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device {str(name)!r} cannot be used: {reason}; take auto, cpu or, where there is a GPU, "
+                         "cuda") from None
 
 
 def pick_dtype(name: str, device: torch.device) -> str:

@@ -58,7 +58,10 @@ def process(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams) 
 
 def sample(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams,
            generators: list[torch.Generator]) -> torch.Tensor:
-    """The next token of each row, (B,) int64; row i draws from generators[i]."""
+    """The next token of each row, (B,) int64; row i draws from generators[i]. Raises ValueError for NaN or inf."""
+    if not (logits < torch.inf).all():
+        raise ValueError("the model's output is not finite, so its weights have diverged or are damaged; sample from "
+                         "an earlier checkpoint, or train anew with a lower optim.learning_rate")
     logits = process(logits, tokens, params)
     if params.temperature < GREEDY_BELOW:
         return logits.argmax(-1)

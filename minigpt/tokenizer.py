@@ -146,17 +146,12 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> Tokenizer:
         """Read what `save` wrote. Raises FileNotFoundError or, for damaged files, ValueError."""
         directory = Path(directory)
-        path = directory / "settings.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"no tokenizer in {directory}: {path.name} is missing")
         try:
-            settings = json.loads(path.read_text("utf-8"))
+            settings = json.loads(_file(directory / "settings.json").read_text("utf-8"))
             kind = settings["kind"]
-            model = (directory / "tokenizer.model").read_bytes() if kind == "bpe" else b""
+            model = _file(directory / "tokenizer.model").read_bytes() if kind == "bpe" else b""
             tokenizer = cls(kind, model)
             intact = settings["fingerprint"] == tokenizer.fingerprint
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no tokenizer in {directory}: tokenizer.model is missing") from None
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{directory}: the tokenizer is damaged ({error}); restore the directory") from None
         if not intact:
@@ -164,10 +159,19 @@ class Tokenizer:
         return tokenizer
 
 
+def _file(path):
+    if not path.is_file():                              # reading a pipe would wait for ever
+        raise FileNotFoundError(f"no tokenizer in {path.parent}: {path.name} is missing; name a directory that holds "
+                                "settings.json and, for BPE, tokenizer.model")
+    return path
+
+
 def _processor(model):
     import sentencepiece
 
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.load_from_serialized_proto(model)         # the constructor takes an empty model for none
+    return processor
 
 
 def _train_sentencepiece(texts, vocab_size):
