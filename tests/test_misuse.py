@@ -166,7 +166,7 @@ TEXTS = [
      "a/b: No such file or directory; restore it"),
     ("a file that may not be read", "echo text > a; chmod 0 a", "a: Permission denied; change its permissions or name"),
     ("a folder that may not be listed", "mkdir -m 0 a", "a: Permission denied; change its permissions or name"),
-    ("a folder within that may not be listed", "mkdir a; echo text > a/a; mkdir -m 0 a/b", "a/b: Permission denied; change"),
+    ("a folder within that may not be listed", "mkdir a; echo text > a/a; mkdir -m 0 a/b", "a/b: Permission denied"),
 ]
 
 TOKENIZERS = [
