@@ -271,7 +271,7 @@ def find(path: str | Path) -> Checkpoint:
     """The checkpoint that a path names: itself, or a run's newest valid one."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no run or checkpoint {path}")
+        raise FileNotFoundError(f"no run or checkpoint {path}; name a directory that train.py made")
     if (path / MANIFEST).exists():
         path = path.resolve() if path.is_symlink() else path        # what the user names may be a link
         verify(path)

@@ -25,7 +25,7 @@ import numpy as np
 
 from minigpt.config import DataConfig, TokenizerConfig
 from minigpt.corpus import Corpus, Document, open_corpus
-from minigpt.files import locked, read_sealed, sha256_of, write_sealed
+from minigpt.files import expanded, locked, read_sealed, sha256_of, write_sealed
 from minigpt.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 26
@@ -99,11 +99,7 @@ class Dataset:
 
 def cache_directory(configured: str = "") -> Path:
     """`configured`, or `minigpt` in the user's cache directory."""
-    try:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(configured or Path(home, "minigpt")).expanduser()
-    except RuntimeError:
-        raise ValueError(f"data.cache_dir = {configured!r}: there is no such home directory; name a folder") from None
+    return expanded(configured or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/minigpt", "data.cache_dir")
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, say=lambda line: None) -> Dataset:
@@ -134,7 +130,7 @@ def _key(*parts):
 
 def _tokenizer(corpus, content, config, cache, say):
     if config.path:
-        return Tokenizer.load(Path(config.path).expanduser())
+        return Tokenizer.load(expanded(config.path, "tokenizer.path"))
     if config.kind == "bytes":
         return Tokenizer.train((), kind="bytes")
     directory = cache / "tokenizers" / _key(FORMAT, content, config.kind, config.vocab_size, config.sample_bytes)

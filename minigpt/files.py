@@ -11,6 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+def expanded(path: str, key: str) -> Path:
+    """A path that a user wrote, with ~ and ~name as home directories; ValueError names `key` where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{key} = {path!r}: there is no such home directory; write the whole path") from None
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content in hexadecimal."""
     with open(path, "rb") as file:
@@ -98,8 +106,9 @@ def locked(path: Path, on_wait=lambda: None) -> Iterator[None]:
 def held(directory: Path) -> Iterator[None]:
     """Hold a directory, made where there is none, for this process alone; ValueError where another process holds it.
 
-    The lock is the kernel's, so a crash leaves none behind. A directory that is still empty at the end is removed.
+    The lock is the kernel's, so a crash leaves none behind. Directories made here and still empty at the end go.
     """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -111,4 +120,5 @@ def held(directory: Path) -> Iterator[None]:
     finally:
         os.close(descriptor)
         with suppress(OSError):
-            directory.rmdir()
+            for path in made:
+                path.rmdir()

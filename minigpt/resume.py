@@ -17,7 +17,7 @@ from minigpt.config import Config
 FIXED_ON_RESUME = ("data.order", "data.document_mask", "tokenizer", "model", "objective", "train.seed",
                    "train.batch_size", "train.accumulation_steps", "optim.name")
 """Settings that a resumed run must share with the run as it was begun. The text may have moved, not changed."""
-SAVED = {"loop": dict, "dataset": str, "dtype": str, "scaler": dict, "random": dict}
+SAVED = {"loop": dict, "dataset": str, "dtype": str, "scaler": dict, "random": dict, "made_with": str}
 """What state.json holds."""
 
 
@@ -38,7 +38,7 @@ class LoopState:
     owed: dict = dataclasses.field(default_factory=dict)
     """The log record of this step where an interrupt came before the evaluation that was due, else empty."""
     average_loss: float | None = None
-    """Running average of the training loss, to which each step adds a twentieth; None before the first."""
+    """Running average of the training loss, to which each step adds a tenth of itself; None before the first."""
     bad_steps: int = 0
     """Steps in a row that were skipped because the loss or a gradient was not finite."""
     skipped_steps: int = 0
@@ -83,6 +83,8 @@ def open_run(run: Path, config: Config, resume: bool, say) -> checkpoint.Checkpo
     for path in (*run.iterdir(), *run.glob("tokenizer/*")):
         if path.is_symlink():
             raise ValueError(f"{path}: a symbolic link; a run holds its files itself (the run directory may be a link)")
+    if not (run / "config.json").exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+        raise ValueError(f"{run} is not empty and is no run; name another train.run_dir")
     found = checkpoint.newest(run, say)
     if found is None:
         if any((path / checkpoint.MANIFEST).exists() for path in checkpoint.in_run(run)):

@@ -26,7 +26,7 @@ from minigpt.data import Dealer, prepare
 from minigpt.device import peak_flops, pick_device, pick_dtype
 from minigpt.engine import Run
 from minigpt.evaluate import Stopped, evaluate
-from minigpt.files import held, write_durably
+from minigpt.files import expanded, held, write_durably
 from minigpt.logs import JsonLines, finite
 from minigpt.model import GPT
 from minigpt.objectives import make_objective
@@ -55,7 +55,7 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
     Progress goes to `out`, standard output unless given. Raises ValueError or OSError for what a user can mend,
     Interrupted after SIGINT, SIGTERM or SIGHUP.
     """
-    run = Path(config.train.run_dir).expanduser()
+    run = expanded(config.train.run_dir, "train.run_dir")
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file; name another train.run_dir")
     progress = Progress(out)
@@ -76,10 +76,11 @@ class Trainer:
                  progress: Progress):
         self.began = time.monotonic() - process_age()
         self.run, self.state, self.progress, say = run, state, progress, progress.say
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # deterministic products, read by the first one
-        torch.use_deterministic_algorithms(config.train.deterministic)
         kernels.use(config.train.kernels)
         self.device = pick_device(config.train.device)
+        if self.device.type == "cuda":                  # on a CPU this changes no result and takes seconds
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(config.train.deterministic)
         wanted = found.state["dtype"] if found and config.train.dtype == "auto" else config.train.dtype
         self.dtype_name = pick_dtype(wanted, self.device)
         self.dtype = getattr(torch, self.dtype_name)
@@ -93,7 +94,7 @@ class Trainer:
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         if vocab_size < self.tokenizer.vocab_size:
             raise ValueError(f"model.vocab_size = {vocab_size} is less than the tokenizer's "
-                             f"{self.tokenizer.vocab_size}")
+                             f"{self.tokenizer.vocab_size}; leave it out, or make it at least that")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         self.config, self.micro_batch = config, config.train.batch_size
         self.objective = make_objective(config, self.tokenizer)
@@ -107,6 +108,9 @@ class Trainer:
         if found:
             restore(found, self.model, self.optimizers, self.scaler)
             say(f"going on from {found.path}")
+            if found.state["made_with"] != self.made_with:
+                say(f"note: saved with {found.state['made_with']}, going on with {self.made_with}; the last bits may "
+                    "differ")
             if state.step >= config.train.max_steps and not state.owed:
                 state.owed = {"step": state.step, "tokens": self.tokens}
         write_durably(run / "config.json", config.to_json().encode())
@@ -118,10 +122,17 @@ class Trainer:
         self.stop = StopFlag()
         self.troubles = {}                              # {what could not be written: why}, until it could
         self.batch = (0, 0)                             # step number and first row of the batch last drawn
+        self.avoided = []                               # where the rows passed over since the last record came from
         self.tries, self.furthest = 0, 0                # rollbacks that did not get beyond the furthest such step
         say(f"{self.dataset.name}: {len(self.dataset.train):,} tokens of {self.dataset.train.num_bytes:,} bytes to "
             f"train on, {len(self.dataset.val):,} held out; {self.model.num_parameters / 1e6:.2f}M parameters; "
             f"{self.device}, {self.dtype_name}")
+
+    @property
+    def made_with(self) -> str:
+        """What the last bits of a result depend on, besides the run itself."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads"
 
     @property
     def tokens(self) -> int:
@@ -163,10 +174,10 @@ class Trainer:
 
     def step(self) -> dict:
         """One optimizer step, or a skipped one, and its log record. Raises Unsound where it shows damage."""
-        state, config, avoided = self.state, self.config, []
+        state, config = self.state, self.config
         began = time.monotonic()
         while state.rows in state.avoided:
-            avoided += self.sources(state.rows)
+            self.avoided += self.sources(state.rows)
             state.rows += self.rows_per_step
         self.batch = (state.step + 1, state.rows)
         rate = schedule(state.step, config.train.max_steps, config.optim)
@@ -184,15 +195,15 @@ class Trainer:
             state.skipped_steps, state.bad_steps = state.skipped_steps + 1, 0 if overflowed else state.bad_steps + 1
         else:
             before = loss if state.average_loss is None else state.average_loss
-            state.average_loss, state.bad_steps = before + (loss - before) / 20, 0
+            state.average_loss, state.bad_steps = before + (loss - before) / 10, 0
         self.window_seconds += time.monotonic() - began
         self.window_tokens += self.rows_per_step * config.model.context_length
         speed = self.window_tokens / self.window_seconds
         record = {"step": state.step, "tokens": self.tokens, **record, "lr": rate * config.optim.learning_rate,
                   "skipped_steps": state.skipped_steps, "rollbacks": state.rollbacks,
                   "elapsed_seconds": round(time.monotonic() - self.began, 3), "tokens_per_second": round(speed, 1)}
-        if avoided:
-            record["avoided"] = avoided
+        if self.avoided:
+            record["avoided"], self.avoided = self.avoided, []
         if self.peak:
             record["mfu"] = round(self.flops * speed / self.peak, 4)
         self.progress.update(state.step, loss, speed)
@@ -265,6 +276,8 @@ class Trainer:
                     if self.stop.number:
                         raise Stopped
                 samples.append({"step": self.state.step, "prompt": prompt, "text": "".join(pieces)})
+        except ValueError as problem:                   # logits that are not finite; the run goes on without samples
+            self.progress.say(f"no samples at step {self.state.step}: {problem}")
         finally:
             self.model.train()
         return samples
@@ -278,7 +291,8 @@ class Trainer:
         random = {name: base64.b64encode(state.numpy().tobytes()).decode()
                   for name, state in random_state(self.device).items()}
         state = {"loop": dataclasses.asdict(self.state), "dataset": self.dataset.directory.name,
-                 "dtype": self.dtype_name, "scaler": self.scaler.state_dict(), "random": random}
+                 "dtype": self.dtype_name, "scaler": self.scaler.state_dict(), "random": random,
+                 "made_with": self.made_with}
         try:
             checkpoint.save(self.run / "checkpoints", self.state.step, model=self.model, optimizers=self.optimizers,
                             state=state, config=self.config, tokenizer=self.tokenizer)
@@ -317,7 +331,7 @@ class Trainer:
             raise ValueError(f"step {step}: {problem}, and {'going back did not mend it' if found else NO_CHECKPOINT}; "
                              f"{ADVICE}")
         if found:
-            self.state = LoopState.of(found)
+            self.state, self.avoided = LoopState.of(found), []
             restore(found, self.model, self.optimizers, self.scaler)
             for log in (self.metrics, self.texts):
                 self.attempt("a log", lambda log=log: log.cut_back(self.state.step))

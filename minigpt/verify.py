@@ -43,7 +43,7 @@ class Unfinished(Exception):
 def verify(path: Path) -> Iterator[Finding]:
     """A finding for each thing in `path`. Raises ValueError or FileNotFoundError where it is nothing that is known."""
     if not path.exists():
-        raise FileNotFoundError(f"no run, checkpoint or data set {path}")
+        raise FileNotFoundError(f"no run, checkpoint or data set {path}; name a directory that train.py made")
     if (path / INDEX).exists() or (path / "train-00000.bin").exists():
         return _data_set(path)
     from minigpt import checkpoint  # loads torch

@@ -86,7 +86,7 @@ FILES = [
     ("a cache that may not be written", "mkdir -m 500 a", "train tiny.toml --data.cache_dir=a",
      "a...: Permission denied"),
     ("a cache in the home of nobody", "", "train tiny.toml --data.cache_dir=~nobody-here/x",
-     "data.cache_dir = '~nobody-here/x': there is no such home directory; name a folder"),
+     "data.cache_dir = '~nobody-here/x': there is no such home directory; write the"),
 ]
 
 SETTINGS = [

@@ -2,26 +2,20 @@
 
 import io
 import json
-import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_text
 from tiny import tiny_config
 
-from minigpt import checkpoint, engine, objectives, training, update
-from minigpt.model import GPT
-from minigpt.optim import make_optimizers, schedule
-from minigpt.tokenizer import Tokenizer
+from minigpt import checkpoint, engine, training
+from minigpt.optim import schedule
 
 
 def run_lines(config, **options):
@@ -115,50 +109,6 @@ def test_early_stopping(tmp_path, text_file, monkeypatch):
     assert saved_steps(tmp_path / "run")[-1] == 8
     _, lines = run_lines(config, resume=True)
     assert "is finished: step 8" in lines[0]
-
-
-class Broken(objectives.CausalLM):
-    """Gives a loss, or a gradient, that is not finite, in the steps of `bad`."""
-
-    bad, kind, calls = set(), "loss", 0
-
-    def losses(self, model, batch):
-        losses = super().losses(model, batch)
-        if not torch.is_grad_enabled():
-            return losses
-        Broken.calls += 1
-        if Broken.calls not in self.bad:
-            return losses
-        factor = math.nan if self.kind == "loss" else (model.embedding.weight.flatten()[0] * 0).sqrt() + 1
-        return {part: loss * factor for part, loss in losses.items()}
-
-
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_never_reaches_the_weights(tmp_path, text_file, monkeypatch, kind):
-    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Broken)
-    monkeypatch.setattr(Broken, "kind", kind)
-    monkeypatch.setattr(Broken, "calls", 0)
-    monkeypatch.setattr(Broken, "bad", {3, 4})
-    config = tiny_config(tmp_path, text_file)
-    closing, _ = run_lines(config)
-    records = metrics_of(config)
-    assert [record["step"] for record in records if "skipped" in record] == [3, 4]
-    assert all(math.isfinite(record["train_loss"]) for record in records[4:])
-    run = engine.load(tmp_path / "run")
-    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
-
-
-def test_a_run_stops_with_advice_after_several_bad_steps(tmp_path, text_file, monkeypatch):
-    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Broken)
-    monkeypatch.setattr(Broken, "kind", "loss")
-    monkeypatch.setattr(Broken, "calls", 0)
-    monkeypatch.setattr(Broken, "bad", set(range(5, 100)))
-    config = tiny_config(tmp_path, text_file, "--train.max_bad_steps=3")
-    with pytest.raises(ValueError, match=r"3 steps in a row .* Lower optim.learning_rate"):
-        run_lines(config)
-    assert [json.loads(line)["step"] for line in open(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
-    run = engine.load(tmp_path / "run")
-    assert all(torch.isfinite(parameter).all() for parameter in run.model.parameters())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -282,33 +232,6 @@ def test_unknown_device_and_kernels_that_cannot_run(tmp_path, text_file):
         run_lines(tiny_config(tmp_path, text_file, "--train.kernels=triton"))
 
 
-def test_one_overflow_holds_back_every_optimizer(tmp_path, text_file):
-    """An infinite gradient of one optimizer's parameter let the other optimizer step, on gradients clipped to zero."""
-    config = tiny_config(tmp_path, text_file)
-    torch.manual_seed(0)
-    model = GPT(replace(config.model, vocab_size=300))
-    optimizers = make_optimizers(model, config.optim)
-    objective = objectives.CausalLM(config, Tokenizer("bytes"))
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    batch = objective.batch(np.random.default_rng(0).integers(5, 261, (4, 33)), 0)
-
-    def step():
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        losses = update.add_gradients(model, objective, [batch], scaler, nullcontext, torch.device("cpu"))
-        result = update.apply_gradients(losses, optimizers, scaler, 1.0)
-        return result, [torch.equal(a, b) for a, b in zip(before, model.parameters())]
-
-    assert not any(step()[1])
-    handle = model.embedding.weight.register_hook(lambda grad: grad * math.inf)
-    result, same = step()
-    assert all(same) and result["grad_norm"] == math.inf and "norm is inf" in result["skipped"]
-    assert scaler.get_scale() == 2.0
-    handle.remove()
-    assert not any(step()[1])
-
-
 def test_a_run_that_another_process_holds_is_refused(tmp_path, text_file):
     """Two processes wrote into one run; the lock goes with the process, however it ends."""
     config = tiny_config(tmp_path, text_file)
@@ -388,19 +311,3 @@ def test_a_float32_run_goes_on_in_float16(tmp_path, text_file):
     config = tiny_config(tmp_path, text_file, "--train.dtype=float16", "--train.max_steps=14")
     run_lines(config, resume=True)
     assert metrics_of(config)[-1]["step"] == 14
-
-
-def test_an_overflow_of_float16_is_named_and_does_not_stop_the_run(tmp_path, text_file, monkeypatch):
-    config = tiny_config(tmp_path, text_file, "--train.dtype=float16", "--train.max_bad_steps=1",
-                         "--optim.learning_rate=3", "--optim.warmup_steps=1", "--train.max_steps=30")
-    scaler = torch.amp.GradScaler
-
-    class Eager(scaler):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **{"init_scale": 2.0**40, **options})
-
-    monkeypatch.setattr(torch.amp, "GradScaler", Eager)
-    _, lines = run_lines(config)
-    skipped = [record["step"] for record in metrics_of(config) if "skipped" in record]
-    assert skipped and skipped[0] == 1 and len(skipped) < 30
-    assert sum("skipped: the gradient's norm is" in line for line in lines) == len(skipped)
