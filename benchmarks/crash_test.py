@@ -66,26 +66,27 @@ def crash(folder: Path, kills: int, device="cpu", seed=0, workers=2, say=lambda 
 
     began = time.monotonic()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minigpt.cli", "minigpt.training"])
+    context.set_forkserver_preload(["minigpt.cli", "minigpt.training", "torch._dynamo"])     # AdamW wants the last
     os.environ["OMP_NUM_THREADS"] = "1"
     text = folder / "text.txt"
     text.write_text(make_text(), "utf-8")
     start(context, folder / "warm", ["--none"]).join_code()         # torch is imported once, by what forks the others
-    straight = {}
-    for name, more in VARIANTS.items():
-        run = folder / f"straight {len(straight)}"
-        command = [*SHAPE, *more, f"--train.device={device}", f"--data.path={text}"]
+
+    def never_stopped(name):
+        run, command = folder / name, [*SHAPE, *VARIANTS[name], f"--train.device={device}", f"--data.path={text}"]
         started = time.monotonic()
         if code := start(context, run, command).join_code():
             raise RuntimeError(f"the run that is not to be stopped ended with {code}: {run / 'output'}")
-        straight[name] = (run, command, time.monotonic() - started)
-        say(f"{name}: {straight[name][2]:.1f} s without a stop, {end_of(run)['records'][-1]['rollbacks']} rollbacks")
+        return command, time.monotonic() - started, end_of(run)
 
     def trial(number):
-        run, command, seconds = straight[list(straight)[number % len(straight)]]
-        return killed_and_resumed(context, seed + number, folder / str(number), command, seconds, end_of(run))
+        return killed_and_resumed(context, seed + number, folder / str(number), *straight[number % len(straight)])
 
     with ThreadPoolExecutor(workers) as pool:
+        straight = list(pool.map(never_stopped, VARIANTS))
+        rollbacks = [end["records"][-1]["rollbacks"] for _, _, end in straight]
+        for name, (_, seconds, _), count in zip(VARIANTS, straight, rollbacks):
+            say(f"{name}: {seconds:.1f} s without a stop, {count} rollbacks")
         outcomes = []
         for number, outcome in enumerate(pool.map(trial, range(kills))):
             outcomes.append(outcome)
@@ -101,7 +102,7 @@ def crash(folder: Path, kills: int, device="cpu", seed=0, workers=2, say=lambda 
         "unreadable": sum(outcome["problem"] == "unreadable" for outcome in outcomes),
         "different": sum(bool(outcome["problem"]) and outcome["problem"] != "unreadable" for outcome in outcomes),
         "identical": sum(not outcome["problem"] for outcome in outcomes),
-        "rollbacks_of_the_variants": [end_of(run)["records"][-1]["rollbacks"] for run, _, _ in straight.values()],
+        "rollbacks_of_the_variants": rollbacks,
         "seconds": round(time.monotonic() - began, 1),
     }
 

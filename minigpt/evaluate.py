@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from minigpt.data import Split, in_order
+from minigpt.data import in_order
+from minigpt.shards import Split
 from minigpt.tokenizer import SPECIAL_TOKENS
 
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,6 +73,23 @@ def write_durably(path: Path, content: bytes) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+@contextmanager
+def made_whole(directory: Path) -> Iterator[Path]:
+    """A directory to fill, which appears as `directory` only when the block has ended well, in the place of what was.
+
+    One process at a time may make it.
+    """
+    unfinished = directory.with_name(f".{directory.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def sync_file(path: Path) -> None:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.config import load_config
-from minigpt.data import INDEX, open_shard, read_index
 from minigpt.files import held
+from minigpt.shards import INDEX, open_shard, read_index
 from minigpt.tokenizer import Tokenizer
 
 SECOND_LOOK_SECONDS = 1.0

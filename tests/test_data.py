@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from conftest import make_text
 
-from minigpt import data
+from minigpt import data, shards
 from minigpt.config import DataConfig, TokenizerConfig
 from minigpt.corpus import open_corpus
-from minigpt.data import Dealer, Split, in_order, prepare
+from minigpt.data import Dealer, in_order, prepare
 from minigpt.files import read_sealed, sha256_of, write_sealed
+from minigpt.shards import Split
 from minigpt.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 START = SPECIAL_TOKENS["<s>"]
@@ -71,7 +72,7 @@ def test_shards_hold_the_raw_text_of_every_document(folder, make, tokenizer):
 
 def test_a_document_of_many_pieces_has_one_start(tmp_path, make, monkeypatch):
     monkeypatch.setattr("minigpt.corpus.PIECE_BYTES", 100)
-    monkeypatch.setattr(data, "ENCODE_BYTES", 350)
+    monkeypatch.setattr(shards, "ENCODE_BYTES", 350)
     (tmp_path / "a.txt").write_text(make_text(200), "utf-8")
     dataset = make(tmp_path / "a.txt", BPE)
     tokens = dataset.train.read(0, len(dataset.train))
@@ -118,7 +119,7 @@ def test_large_vocabularies_take_32_bits(folder, make, monkeypatch, vocab_size, 
 
 @pytest.mark.parametrize("shard_tokens", [97, 1000])
 def test_many_shards_are_one_text(folder, make, monkeypatch, shard_tokens):
-    monkeypatch.setattr(data, "SHARD_TOKENS", shard_tokens)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", shard_tokens)
     dataset = make(folder)
     raw = b"".join(b"\0" + document.path.read_bytes() for document in open_corpus(str(folder)).train)
     starts = set(dataset.train.documents.tolist())
@@ -203,7 +204,7 @@ def test_damage_is_found_said_and_mended(folder, make, damage):
 
 @pytest.mark.parametrize("damage", ["flip", "remove", "add"])
 def test_each_byte_of_each_file_counts(tmp_path, make, monkeypatch, damage):
-    monkeypatch.setattr(data, "SHARD_TOKENS", 700)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 700)
     (tmp_path / "a.txt").write_text(make_text(60), "utf-8")
     directory = make(tmp_path / "a.txt").directory
     whole = {path: path.read_bytes() for path in sorted(directory.iterdir())}
@@ -327,7 +328,7 @@ def test_a_preparation_that_was_killed_leaves_nothing_that_counts(folder, make, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "write_sealed", killed)
+        patch.setattr(shards, "write_sealed", killed)
         with pytest.raises(KeyboardInterrupt):
             make(folder)
     assert not list(tmp_path.glob("cache/shards/*"))
@@ -486,8 +487,8 @@ def check_source(dealer, tokenizer, number, folder):
 @pytest.mark.parametrize("length", [7, 60])
 def test_the_source_of_a_row_is_where_the_text_has_it(folder, make, monkeypatch, order, tokenizer, length):
     """Across shards and blocks, in files named in folders, within characters, in many epochs."""
-    monkeypatch.setattr(data, "SHARD_TOKENS", 999)
-    monkeypatch.setattr(data, "BLOCK_TOKENS", 100)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 999)
+    monkeypatch.setattr(shards, "BLOCK_TOKENS", 100)
     (folder / "in").mkdir()
     for number in range(4):
         text = "".join(chr(random.Random(number).randrange(0x4E00, 0x9FFF)) + "é😀" for _ in range(200))

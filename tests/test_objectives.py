@@ -15,11 +15,12 @@ from compare import assert_close, largest_error
 from twins import random_model
 
 from minigpt.config import Config, DataConfig, ObjectiveConfig, TrainConfig
-from minigpt.data import Split, in_order
+from minigpt.data import in_order
 from minigpt.evaluate import Stopped, evaluate
 from minigpt.objectives import IGNORED, make_objective
+from minigpt.shards import Split
 from minigpt.tokenizer import FIRST_BYTE, SPECIAL_TOKENS, Tokenizer
-from minigpt.training import train_step
+from minigpt.update import add_gradients, apply_gradients
 
 TOKENIZER = Tokenizer("bytes")
 START, PAD, MASK = (SPECIAL_TOKENS[name] for name in ("<s>", "<pad>", "<mask>"))
@@ -128,8 +129,9 @@ def update(name, splits, clip=0.0):
     rows[:5, :T - 2] = PAD                              # masked: the first rows have little to predict
     batches = [task.batch(rows[first:last], 100 + first) for first, last in splits]
     counts = [task.counts(batch)[name] for batch in batches]
-    result = train_step(model, task, batches, [torch.optim.SGD(model.parameters(), lr=1.0)],
-                        torch.amp.GradScaler("cpu", enabled=False), clip, nullcontext, torch.device("cpu"))
+    scaler, optimizers = torch.amp.GradScaler("cpu", enabled=False), [torch.optim.SGD(model.parameters(), lr=1.0)]
+    result = add_gradients(model, task, batches, scaler, nullcontext, torch.device("cpu"))
+    result |= apply_gradients(result, optimizers, scaler, clip)
     return [before - after.detach() for before, after in zip(before, model.parameters())], result, counts
 
 

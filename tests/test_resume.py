@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.serial
 def test_killed_at_random_instants_and_resumed_equals_never_stopped(tmp_path):
-    """The crash test with few kills, two for each of its variants."""
-    result = crash(tmp_path, kills=6, seed=1)
-    assert (result["unreadable"], result["different"], result["identical"]) == (0, 0, 6)
+    """The crash test with one kill for each of its variants."""
+    result = crash(tmp_path, kills=3, seed=1)
+    assert (result["unreadable"], result["different"], result["identical"]) == (0, 0, 3)
     assert result["rollbacks_of_the_variants"][2] > 0
 
 

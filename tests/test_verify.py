@@ -35,7 +35,7 @@ def run(finished, tmp_path):
 @pytest.fixture
 def data_set(tmp_path, monkeypatch):
     """Shards of 1000 tokens."""
-    monkeypatch.setattr("minigpt.data.SHARD_TOKENS", 1000)
+    monkeypatch.setattr("minigpt.shards.SHARD_TOKENS", 1000)
     (tmp_path / "a.txt").write_text(make_text(60), "utf-8")
     return prepare(DataConfig(path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "cache")),
                    TokenizerConfig(kind="bytes")).directory
