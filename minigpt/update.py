@@ -50,15 +50,15 @@ def apply_gradients(losses: dict, optimizers, scaler, grad_clip: float, highest_
     Gives `grad_norm` and, where no step was taken, "skipped", which says why. Raises Spike for a loss above
     `highest_loss`, before the step, and Unsound where the weights are not finite after it.
     """
-    parameters = parameters_of(optimizers)
+    parameters, loss = parameters_of(optimizers), losses["train_loss"]
+    if highest_loss < loss < math.inf:
+        raise Spike(f"the loss of {loss:.3f} is above {highest_loss:.3f}")
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf).item()
-    result, loss = {"grad_norm": norm}, losses["train_loss"]
+    result = {"grad_norm": norm}
     if not math.isfinite(loss):
         result["skipped"] = f"the loss is {loss}"
-    elif loss > highest_loss:
-        raise Spike(f"the loss of {loss:.3f} is above {highest_loss:.3f}")
     elif not math.isfinite(norm):
         result["skipped"] = f"the gradient's norm is {norm}"
     else:

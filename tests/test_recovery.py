@@ -181,8 +181,10 @@ def test_a_spike_brings_back_the_last_checkpoint_and_passes_over_its_batch(tmp_p
         record["train_loss"] for record in metrics_of(plain)[60:]) - 1
 
 
-def test_a_spike_before_the_first_checkpoint_passes_over_its_batch(tmp_path, noisy_file):
-    config = tiny_config(tmp_path, noisy_file, *SPIKY, "--train.checkpoint_every=300")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_spike_before_the_first_checkpoint_passes_over_its_batch(tmp_path, noisy_file, dtype):
+    """In float16 the loss scaler was left in the middle of a step."""
+    config = tiny_config(tmp_path, noisy_file, *SPIKY, "--train.checkpoint_every=300", f"--train.dtype={dtype}")
     _, lines = run_lines(config)
     records = metrics_of(config)
     assert records[-1]["rollbacks"] == sum(len(record.get("avoided", [])) for record in records) > 1
