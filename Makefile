@@ -17,6 +17,7 @@ quickstart: $(INSTALLED)
 
 test: $(TESTS_INSTALLED) lint
 	$(BIN)/python -m pytest -q -n 2 -m "not serial"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
 	$(BIN)/python -m pytest -q -m serial
 
 lint: $(TESTS_INSTALLED)

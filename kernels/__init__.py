@@ -3,14 +3,25 @@
 Their definition is `kernels.reference`; `kernels.use` picks the implementation and `kernels.explain` says which runs.
 """
 
-from kernels.dispatch import OPS, explain, use
+import sys
+import types
+
+from kernels.dispatch import OPS, explain, public, use
 
 __all__ = [*OPS, "explain", "use"]
 
 
-def __getattr__(name):
-    if name not in OPS:
-        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
-    from kernels import reference
+class _Kernels(types.ModuleType):
+    """An op and the module that holds its kernels have one name; the attribute stays the op when that is imported."""
 
-    return globals().setdefault(name, getattr(reference, name))
+    def __getattr__(self, name):
+        if name not in OPS:
+            raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+        return self.__dict__.setdefault(name, public(name))
+
+    def __setattr__(self, name, value):
+        if name not in OPS or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Kernels

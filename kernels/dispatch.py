@@ -1,10 +1,20 @@
 """Picks the implementation of every op in one place: "auto" takes what can run, a choice that cannot run raises.
 
-No op has a Triton kernel yet, so "auto" finds the plain PyTorch reference everywhere and "triton" raises.
+"auto" takes Triton for CUDA tensors where it can run, the PyTorch reference elsewhere. "triton" asks for it, and takes
+CPU tensors too where TRITON_INTERPRET=1 was set before Triton was imported. Ops without a Triton kernel are the
+reference on every choice.
 """
 
+import functools
+import importlib
+import importlib.util
+import os
+
 OPS = ("attention", "layer_norm", "rms_norm", "rotary", "swiglu", "gelu", "squared_relu", "linear_cross_entropy")
+TRITON_OPS = ()
 CHOICES = ("auto", "triton", "reference")
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU: Ampere, the first with bfloat16."""
 
 _choice = "auto"
 
@@ -16,8 +26,8 @@ class use:
         global _choice
         if choice not in CHOICES:
             raise ValueError(f"kernels {choice!r} is none of: {', '.join(CHOICES)}")
-        if choice == "triton":
-            raise ValueError(f"kernels = triton: no Triton kernel exists for {', '.join(OPS)}; take auto or reference")
+        if choice == "triton" and (problem := obstacle(_device())):
+            raise ValueError(f"kernels = triton: {problem}; take auto or reference")
         self._before, _choice = _choice, choice
 
     def __enter__(self):
@@ -29,6 +39,72 @@ class use:
 
 
 def explain() -> dict[str, tuple[str, str]]:
-    """{op: (path, reason)}: which implementation a call takes now, and why."""
-    reason = "chosen" if _choice == "reference" else "no Triton kernel exists"
-    return {op: ("reference", reason) for op in OPS}
+    """{op: (path, reason)}: which implementation a call takes now, and why; with a GPU, for tensors on it."""
+    return {op: path(op, _device()) for op in OPS}
+
+
+def path(op: str, device: str) -> tuple[str, str]:
+    """("triton" | "reference", why) of an op on a type of device. ValueError where the choice cannot run."""
+    if _choice == "reference":
+        return "reference", "chosen"
+    if op not in TRITON_OPS:
+        return "reference", "no Triton kernel exists"
+    problem = obstacle(device)
+    if _choice == "triton":
+        if problem:
+            raise ValueError(f"kernels.{op}: {problem}; move the tensors to a GPU, or take kernels.use('auto')")
+        return "triton", "chosen"
+    if problem is None and device == "cpu":
+        problem = "the interpreter runs only where triton is chosen"
+    return ("reference", problem) if problem else ("triton", "a GPU that runs it")
+
+
+@functools.cache
+def obstacle(device: str) -> str | None:
+    """Why Triton cannot run on tensors of a type of device; None where it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None if device == "cpu" else "TRITON_INTERPRET=1 is set, so Triton takes CPU tensors"
+    if device != "cuda":
+        return f"Triton does not run on {device} tensors (TRITON_INTERPRET=1 interprets it on the CPU)"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} has compute capability {capability}, less than {LEAST_CAPABILITY}"
+    return None
+
+
+def _device():
+    """The type of device that an explanation is about."""
+    if importlib.util.find_spec("torch") is None or os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def public(op: str):
+    """The op as callers see it: the reference's signature and docstring, and the implementation picked at each call."""
+    import torch
+
+    from kernels import reference
+
+    plain = getattr(reference, op)
+    torch.compiler.assume_constant_result(path)         # when a caller is compiled, the choice is made once
+
+    @functools.wraps(plain)
+    def run(x, *arguments, **options):
+        if path(op, x.device.type)[0] == "reference":
+            return plain(x, *arguments, **options)
+        return _triton(op)(x, *arguments, **options)
+
+    return run
+
+
+@functools.cache
+def _triton(op):
+    return getattr(importlib.import_module(f"kernels.{op}"), op)

@@ -1,7 +1,10 @@
 """`kernels.use` picks the implementation for the process or a block, and an explicit choice that cannot run raises."""
 
+import inspect
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,31 +13,43 @@ import kernels
 from kernels import reference
 from kernels.dispatch import OPS
 
-
-@pytest.fixture(autouse=True)
-def auto_after():
-    yield
-    kernels.use("auto")
+ROOT = Path(kernels.__file__).parent.parent
 
 
 def chosen():
     return set(kernels.explain().values())
 
 
-def test_every_op_is_the_reference_of_its_name():
+def test_every_op_has_the_signature_of_its_reference():
     assert kernels.__file__ and set(kernels.__all__) == {*OPS, "use", "explain"}
     for op in OPS:
-        assert getattr(kernels, op) is getattr(reference, op)
+        assert inspect.signature(getattr(kernels, op)) == inspect.signature(getattr(reference, op))
 
 
 def test_explain_names_every_op_and_why():
     assert kernels.explain().keys() == set(OPS)
-    assert chosen() == {("reference", "no Triton kernel exists")}
+    assert kernels.explain()["gelu"] == ("reference", "no Triton kernel exists")
     with kernels.use("reference"):
         assert chosen() == {("reference", "chosen")}
 
 
+def test_auto_takes_the_reference_on_a_cpu():
+    with kernels.use("auto"):
+        assert {path for path, _ in kernels.explain().values()} == {"reference"}
+        assert all(reason for _, reason in kernels.explain().values())
+
+
+def test_the_module_of_an_ops_kernels_does_not_take_its_name():
+    class Module(types.ModuleType):
+        """As the import system sets it on the package."""
+
+    op = kernels.attention
+    kernels.attention = Module("kernels.attention")
+    assert kernels.attention is op
+
+
 def test_use_lasts_for_the_process_or_the_block():
+    kernels.use("auto")
     before = chosen()
     kernels.use("reference")
     after = chosen()
@@ -56,11 +71,14 @@ def test_a_block_that_raises_ends_its_choice():
 
 def test_a_choice_that_cannot_run_raises_and_changes_nothing():
     before = chosen()
-    for choice, message in (("triton", "no Triton kernel exists for attention"),
-                            ("fast", "'fast' is none of: auto, triton, reference")):
-        with pytest.raises(ValueError, match=message):
-            kernels.use(choice)
-        assert chosen() == before
+    with pytest.raises(ValueError, match="'fast' is none of: auto, triton, reference"):
+        kernels.use("fast")
+    assert chosen() == before
+    code = "import kernels; kernels.use('triton')"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    hidden = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+                            capture_output=True, text=True)
+    assert "ValueError: kernels = triton: " in hidden.stderr and "take auto or reference" in hidden.stderr
 
 
 def test_an_unknown_op_is_an_attribute_error():
@@ -69,6 +87,5 @@ def test_an_unknown_op_is_an_attribute_error():
 
 
 def test_importing_loads_neither_torch_nor_triton():
-    code = "import sys, kernels; kernels.explain(); sys.exit('torch' in sys.modules or 'triton' in sys.modules)"
-    root = Path(kernels.__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+    code = "import sys, kernels; sys.exit('torch' in sys.modules or 'triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
