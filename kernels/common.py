@@ -1,6 +1,8 @@
 """What every Triton kernel here needs: the same numbers in the interpreter and on a GPU."""
 
 import os
+from dataclasses import dataclass, field
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -20,3 +22,27 @@ def dot(a, b):
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class LintCase:
+    """One kernel configuration that ships, for `kernels.lint` to compile ahead of time.
+
+    A kernel module lists its cases in `lint_cases()`. `kind` says what the machine code must show: "dot" tensor-core
+    instructions, "memory" wide (128-bit), cp.async or TMA loads, "plain" neither (dots of float32, odd widths).
+    """
+
+    name: str
+    kernel: Any
+    """The function under `triton.jit`."""
+    signature: dict[str, str]
+    """{argument: type} of every argument that is no constexpr: "*bf16", "i32", "fp32", ..."""
+    constexprs: dict[str, Any]
+    """{argument: value}, arguments that are None included."""
+    kind: str
+    aligned: tuple[str, ...] = ()
+    """Pointers and integers that are multiples of 16, as a launch with such arguments specializes them."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the launch passes besides: num_warps, num_stages, maxnreg, ..."""
+    archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+    """The architectures it ships for."""
