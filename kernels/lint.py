@@ -1,0 +1,186 @@
+"""Compiles every kernel configuration that ships, with no GPU, and reads the machine code.
+
+    python -m kernels.lint                              # sm_80, sm_90 and sm_100
+    python -m kernels.lint --arch sm_90 --op layer_norm --json
+
+Each module of `kernels.dispatch.TRITON_OPS` lists its configurations in `lint_cases()`. The compiler is the installed
+Triton's, so its release decides the figures. Exit code 1 where a configuration does not compile, spills registers, has
+its WGMMAs serialized, needs more shared memory than there is, has dots without tensor cores or a memory kernel without
+wide loads, or where nothing was compiled.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.cache import get_cache_manager
+
+from kernels import dispatch
+from kernels.common import INTERPRETED, LintCase
+
+
+class Arch(NamedTuple):
+    """What an architecture has, from the tables of compute capabilities in NVIDIA's CUDA C++ programming guide."""
+
+    tensor_core: str
+    """Prefix of its tensor-core instructions; warp-level HMMA is the slow path where that is another."""
+    shared: int
+    """Bytes of shared memory that a CTA can have; an SM has RESERVED more, and each CTA takes RESERVED of them."""
+    threads: int
+    """That an SM holds."""
+    ctas: int
+    """That an SM holds."""
+
+
+RESERVED = 1024
+REGISTERS = 65536
+TENSOR_MEMORY_COLUMNS = 512
+ARCHS = {
+    "sm_80": Arch("HMMA", 166912, 2048, 32),
+    "sm_86": Arch("HMMA", 101376, 1536, 16),
+    "sm_89": Arch("HMMA", 101376, 1536, 24),
+    "sm_90": Arch("HGMMA", 232448, 2048, 32),
+    "sm_100": Arch("UTC", 232448, 2048, 32),
+    "sm_120": Arch("HMMA", 101376, 1536, 24),
+}
+COLUMNS = {"case": "op/case", "arch": "arch", "registers": "regs", "spill_bytes": "spill", "shared_bytes": "shared",
+           "warps": "warps", "tensor_core": "tensor core", "loads": "128-bit loads", "stores": "stores",
+           "cp_async": "cp.async", "tma_loads": "TMA", "ctas_per_sm": "CTAs/SM", "verdict": "verdict"}
+
+
+def lint(case: LintCase, arch: str) -> dict:
+    """The figures of a case compiled for an architecture, and its verdict: "ok", or all that is wrong."""
+    try:
+        kernel, log, opcodes = compile_ahead(case, arch)
+    except Exception as error:                          # whatever the compiler's passes raise is the finding
+        return {"verdict": f"does not compile: {type(error).__name__}: {error}".splitlines()[0]}
+    tensor_core = Counter(opcode.partition(".")[0] for opcode in opcodes if re.match(r"HG?MMA|UTC\w*MMA", opcode))
+    row = {
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", log))),
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        "shared_bytes": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        "tensor_core": dict(tensor_core),
+        "loads": wide_of_all("LDG", opcodes),
+        "stores": wide_of_all("STG", opcodes),
+        "cp_async": wide_of_all("LDGSTS", opcodes),
+        "tma_loads": sum(opcode.startswith("UTMALDG") for opcode in opcodes),
+    }
+    row["ctas_per_sm"] = ctas_per_sm(row, kernel.metadata.tmem_size, ARCHS[arch])
+    wrong = [reason for reason, holds in {
+        f"spills {row['spill_bytes']} bytes": row["spill_bytes"],
+        "WGMMA serialized": "serialized" in log,
+        f"shared memory over {ARCHS[arch].shared}": row["shared_bytes"] > ARCHS[arch].shared,
+        "dot without tensor cores": case.kind == "dot" and not any(
+            name.startswith(ARCHS[arch].tensor_core) for name in tensor_core),
+        "no wide loads": case.kind == "memory" and not (row["loads"][0] or row["cp_async"][0] or row["tma_loads"]),
+    }.items() if holds]
+    return row | {"verdict": "; ".join(wrong) or "ok"}
+
+
+def compile_ahead(case, arch):
+    """The compiled kernel, what ptxas said of it, and the opcodes of its machine code."""
+    names = case.kernel.arg_names
+    source = ASTSource(
+        case.kernel, {name: "constexpr" if name in case.constexprs else case.signature[name] for name in names},
+        {(names.index(name),): value for name, value in case.constexprs.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned})
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    with contextlib.redirect_stdout(io.StringIO()):     # where it fails, Triton prints all of the assembly
+        kernel = triton.compile(source, target=target, options=case.options)
+        log = ptxas_log(kernel, target, case.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        listing = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True,
+                                 check=True).stdout
+    return kernel, log, re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", listing, re.M)
+
+
+def ptxas_log(kernel, target, options):
+    """What ptxas says of a kernel: assembled once more, as Triton does it, since its cache keeps no log; ours does."""
+    cache = get_cache_manager(kernel.hash)
+    if (path := cache.get_file("ptxas.log")) is None:
+        backend = make_backend(target)
+        with contextlib.redirect_stdout(io.StringIO()) as log, knobs.nvidia.scope():
+            knobs.nvidia.dump_ptxas_log = True
+            backend.make_cubin(kernel.asm["ptx"], {}, backend.parse_options(options), target.arch)
+        path = cache.put(log.getvalue(), "ptxas.log", binary=False)
+    return Path(path).read_text("utf-8")
+
+
+def wide_of_all(name, opcodes):
+    """(how many move at least 128 bits, how many there are) of an instruction."""
+    found = [opcode.split(".") for opcode in opcodes if opcode.partition(".")[0] == name]
+    return sum(not {"128", "256"}.isdisjoint(parts) for parts in found), len(found)
+
+
+def ctas_per_sm(row, tensor_memory_columns, arch):
+    """How many fit; a warp takes registers by the 256, a CTA shared memory by the 128 bytes."""
+    warp_registers = -(-row["registers"] * 32 // 256) * 256
+    shared = -(-row["shared_bytes"] // 128) * 128 + RESERVED
+    return min(REGISTERS // (warp_registers * row["warps"]), (arch.shared + RESERVED) // shared, arch.ctas,
+               arch.threads // (32 * row["warps"]), TENSOR_MEMORY_COLUMNS // max(1, tensor_memory_columns))
+
+
+def table(rows):
+    """The rows as aligned text, with a heading."""
+    lines = [list(COLUMNS.values())] + [[cell(row.get(column)) for column in COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def cell(value):
+    if isinstance(value, dict):
+        return " ".join(f"{name} {count}" for name, count in value.items()) or "-"
+    if isinstance(value, tuple):
+        return "{}/{}".format(*value)
+    return "-" if value is None else str(value)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m kernels.lint", description=__doc__.partition("\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm_80", "sm_90", "sm_100"])
+    parser.add_argument("--op", nargs="+", choices=dispatch.TRITON_OPS, default=dispatch.TRITON_OPS)
+    parser.add_argument("--json", action="store_true", help="end with a line that is one JSON object")
+    options = parser.parse_args(arguments)
+    if INTERPRETED.value:
+        parser.error("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled; unset it")
+
+    rows, failures = [], []
+    for op in options.op:
+        cases = importlib.import_module(f"kernels.{op}").lint_cases()
+        for arch in options.arch:
+            compiled = [{"case": f"{op}/{case.name}", "arch": arch} | lint(case, arch)
+                        for case in cases if arch in case.archs]
+            failures += [f"{row['case']} {arch}: {row['verdict']}" for row in compiled if row["verdict"] != "ok"]
+            failures += [] if compiled else [f"{op} {arch}: no kernel ships"]
+            rows += compiled
+    if not rows:
+        failures.append("the table is empty")
+
+    print(f"Triton {triton.__version__}\n{table(rows)}")
+    for failure in failures:
+        print(f"failed: {failure}")
+    if options.json:
+        print(json.dumps({"triton": triton.__version__, "date": datetime.date.today().isoformat(),
+                          "failures": failures, "rows": rows}))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
