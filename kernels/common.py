@@ -20,6 +20,16 @@ def dot(a, b):
         return tl.dot(a, b, input_precision="ieee")
 
 
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 x in another type, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:            # its own conversion cuts off
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
