@@ -131,11 +131,12 @@ def test_seeded_dropout_obeys_the_causal_mask(options):
 
 
 def test_seeded_dropout_is_unbiased():
-    """The mean over 400 seeds is within 5 standard errors of the output without dropout, nearly everywhere."""
-    q, k, v = qkv(H_kv=2, S=9)
+    """The mean over many draws is within 5 standard errors of the output without dropout, nearly everywhere."""
+    q, k, v = qkv(B=1, H=2, H_kv=1, S=9)
     exact = formula(*(x.double() for x in (q, k, v)), causal=True)
-    draws = torch.stack([kernels.attention(q, k, v, causal=True, dropout_p=0.25, seed=seed) for seed in range(400)])
-    z = (draws.double().mean(0) - exact) / (draws.double().std(0) / 400 ** 0.5)
+    q, k, v = (x.expand(10, -1, -1, -1) for x in (q, k, v))
+    draws = torch.cat([kernels.attention(q, k, v, causal=True, dropout_p=0.25, seed=seed) for seed in range(10)])
+    z = (draws.double().mean(0) - exact[0]) / (draws.double().std(0) / 100 ** 0.5)
     assert z.abs().max() < 5
     assert 0.8 < rms(z) < 1.2
 
