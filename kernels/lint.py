@@ -5,8 +5,8 @@
 
 Each module of `kernels.dispatch.TRITON_OPS` lists its configurations in `lint_cases()`. The compiler is the installed
 Triton's, so its release decides the figures. Exit code 1 where a configuration does not compile, spills registers, has
-its WGMMAs serialized, needs more shared memory than there is, has dots without tensor cores or a memory kernel without
-wide loads, or where nothing was compiled.
+its WGMMAs serialized, needs more shared memory than there is, has a dot without the architecture's tensor cores or no
+wide loads in a memory kernel, or where nothing was compiled.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Arch(NamedTuple):
     """What an architecture has, from the tables of compute capabilities in NVIDIA's CUDA C++ programming guide."""
 
     tensor_core: str
-    """Prefix of its tensor-core instructions; warp-level HMMA is the slow path where that is another."""
+    """Its instruction for products of 16-bit numbers; where that is another, warp-level HMMA is the slow path."""
     shared: int
     """Bytes of shared memory that a CTA can have; an SM has RESERVED more, and each CTA takes RESERVED of them."""
     threads: int
@@ -54,12 +54,13 @@ ARCHS = {
     "sm_86": Arch("HMMA", 101376, 1536, 16),
     "sm_89": Arch("HMMA", 101376, 1536, 24),
     "sm_90": Arch("HGMMA", 232448, 2048, 32),
-    "sm_100": Arch("UTC", 232448, 2048, 32),
+    "sm_100": Arch("UTCHMMA", 232448, 2048, 32),
     "sm_120": Arch("HMMA", 101376, 1536, 24),
 }
 COLUMNS = {"case": "op/case", "arch": "arch", "registers": "regs", "spill_bytes": "spill", "shared_bytes": "shared",
-           "warps": "warps", "tensor_core": "tensor core", "loads": "128-bit loads", "stores": "stores",
+           "warps": "warps", "tensor_core": "tensor core", "loads": "loads", "stores": "stores",
            "cp_async": "cp.async", "tma_loads": "TMA", "ctas_per_sm": "CTAs/SM", "verdict": "verdict"}
+"""The table's columns; loads, stores and cp.async as those of at least 128 bits / all."""
 
 
 def lint(case: LintCase, arch: str) -> dict:
@@ -67,8 +68,10 @@ def lint(case: LintCase, arch: str) -> dict:
     try:
         kernel, log, opcodes = compile_ahead(case, arch)
     except Exception as error:                          # whatever the compiler's passes raise is the finding
-        return {"verdict": f"does not compile: {type(error).__name__}: {error}".splitlines()[0]}
+        print(f"{case.name} for {arch}: {type(error).__name__}: {error}", file=sys.stderr)
+        return {"verdict": f"does not compile: {type(error).__name__}"}
     tensor_core = Counter(opcode.partition(".")[0] for opcode in opcodes if re.match(r"HG?MMA|UTC\w*MMA", opcode))
+    limits = ARCHS[arch]
     row = {
         "registers": max(map(int, re.findall(r"Used (\d+) registers", log))),
         "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
@@ -80,13 +83,12 @@ def lint(case: LintCase, arch: str) -> dict:
         "cp_async": wide_of_all("LDGSTS", opcodes),
         "tma_loads": sum(opcode.startswith("UTMALDG") for opcode in opcodes),
     }
-    row["ctas_per_sm"] = ctas_per_sm(row, kernel.metadata.tmem_size, ARCHS[arch])
+    row["ctas_per_sm"] = ctas_per_sm(row, kernel.metadata.tmem_size, limits)
     wrong = [reason for reason, holds in {
         f"spills {row['spill_bytes']} bytes": row["spill_bytes"],
         "WGMMA serialized": "serialized" in log,
-        f"shared memory over {ARCHS[arch].shared}": row["shared_bytes"] > ARCHS[arch].shared,
-        "dot without tensor cores": case.kind == "dot" and not any(
-            name.startswith(ARCHS[arch].tensor_core) for name in tensor_core),
+        f"shared memory over {limits.shared}": row["shared_bytes"] > limits.shared,
+        f"dot without {limits.tensor_core}": case.kind == "dot" and limits.tensor_core not in tensor_core,
         "no wide loads": case.kind == "memory" and not (row["loads"][0] or row["cp_async"][0] or row["tma_loads"]),
     }.items() if holds]
     return row | {"verdict": "; ".join(wrong) or "ok"}
@@ -102,25 +104,32 @@ def compile_ahead(case, arch):
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     with contextlib.redirect_stdout(io.StringIO()):     # where it fails, Triton prints all of the assembly
         kernel = triton.compile(source, target=target, options=case.options)
-        log = ptxas_log(kernel, target, case.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        listing = subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True,
-                                 check=True).stdout
+        log = kept(kernel, "ptxas.log", lambda: assemble(kernel, make_backend(target), case.options))
+    listing = kept(kernel, "sass", lambda: disassemble(kernel))
     return kernel, log, re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", listing, re.M)
 
 
-def ptxas_log(kernel, target, options):
-    """What ptxas says of a kernel: assembled once more, as Triton does it, since its cache keeps no log; ours does."""
+def kept(kernel, name, make):
+    """A text made once and kept with the kernel in Triton's cache."""
     cache = get_cache_manager(kernel.hash)
-    if (path := cache.get_file("ptxas.log")) is None:
-        backend = make_backend(target)
-        with contextlib.redirect_stdout(io.StringIO()) as log, knobs.nvidia.scope():
-            knobs.nvidia.dump_ptxas_log = True
-            backend.make_cubin(kernel.asm["ptx"], {}, backend.parse_options(options), target.arch)
-        path = cache.put(log.getvalue(), "ptxas.log", binary=False)
+    path = cache.get_file(name) or cache.put(make(), name, binary=False)
     return Path(path).read_text("utf-8")
+
+
+def assemble(kernel, backend, options):
+    """What ptxas says, which Triton does not keep: once more, as this release calls it for this architecture."""
+    with contextlib.redirect_stdout(io.StringIO()) as log, knobs.nvidia.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(kernel.asm["ptx"], {}, backend.parse_options(options), backend.target.arch)
+    return log.getvalue()
+
+
+def disassemble(kernel):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True,
+                              check=True).stdout
 
 
 def wide_of_all(name, opcodes):
@@ -163,7 +172,7 @@ def main(arguments=None):
 
     rows, failures = [], []
     for op in options.op:
-        cases = importlib.import_module(f"kernels.{op}").lint_cases()
+        cases = list(importlib.import_module(f"kernels.{op}").lint_cases())
         for arch in options.arch:
             compiled = [{"case": f"{op}/{case.name}", "arch": arch} | lint(case, arch)
                         for case in cases if arch in case.archs]

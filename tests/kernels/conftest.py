@@ -1,6 +1,6 @@
 """The tests of an op run on the reference, and under TRITON_INTERPRET=1 on its Triton kernels in the interpreter.
 
-Tests marked `triton` are about the kernels alone.
+Tests marked `triton` are about the kernels alone and run in the interpreter only, those marked `compiled` without it.
 """
 
 import os
@@ -13,10 +13,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(config, items):
-    about_kernels = [item for item in items if item.get_closest_marker("triton")]
-    if about_kernels and not INTERPRETED:
-        config.hook.pytest_deselected(items=about_kernels)
-        items[:] = [item for item in items if item not in about_kernels]
+    elsewhere = [item for item in items if item.get_closest_marker("compiled" if INTERPRETED else "triton")]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
 
 
 @pytest.fixture(autouse=True)
