@@ -11,7 +11,7 @@ import importlib.util
 import os
 
 OPS = ("attention", "layer_norm", "rms_norm", "rotary", "swiglu", "gelu", "squared_relu", "linear_cross_entropy")
-TRITON_OPS = ()
+TRITON_OPS = ("layer_norm", "rms_norm", "attention")
 CHOICES = ("auto", "triton", "reference")
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU: Ampere, the first with bfloat16."""

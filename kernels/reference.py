@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 CHUNK_LOGITS, CHUNK_ROWS = 1 << 21, 256
 """linear_cross_entropy makes so many logits at a time (8 MB of float32), but those of no fewer rows than this."""
+MAX_NORM_WIDTH = 65536
+NORM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def attention(q, k, v, *, causal, window=None, document_ids=None, dropout_p=0.0, seed=None, scale=None,
@@ -78,6 +80,7 @@ def layer_norm(x, weight, bias, eps, residual=None):
 
     x (..., C); weight, bias (C,) or None. With `residual` (..., C): gives (norm of x + residual, x + residual).
     """
+    check_norm("layer_norm", x, eps, residual, weight=weight, bias=bias)
     if residual is not None:
         x = x + residual
     y = F.layer_norm(_wide(x), x.shape[-1:], _wide(weight), _wide(bias), eps).to(x.dtype)
@@ -89,10 +92,31 @@ def rms_norm(x, weight, eps, residual=None):
 
     x (..., C); weight (C,) or None. With `residual` (..., C): gives (norm of x + residual, x + residual).
     """
+    check_norm("rms_norm", x, eps, residual, weight=weight)
     if residual is not None:
         x = x + residual
     y = F.rms_norm(_wide(x), x.shape[-1:], _wide(weight), eps).to(x.dtype)
     return y if residual is None else (y, x)
+
+
+def check_norm(op, x, eps, residual=None, dtypes=NORM_DTYPES, **parameters):
+    """Raise ValueError where the arguments of `layer_norm` or `rms_norm` do not fit together."""
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_NORM_WIDTH:
+        raise ValueError(f"{op}: x {tuple(x.shape)} must be (..., C) with C from 1 to {MAX_NORM_WIDTH}")
+    given = {"x": x, "residual": residual, **parameters}
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        shape = x.shape if name in ("x", "residual") else x.shape[-1:]
+        if tensor.shape != shape:
+            raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {tuple(shape)}, as x is {tuple(x.shape)}")
+        if tensor.dtype not in dtypes or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, x {x.dtype}; each must be one of "
+                             f"{', '.join(map(str, dtypes))}, and float64 goes with float64 only")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}; they must be on one device")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"{op}: eps = {eps} is not a finite number of 0 or more")
 
 
 def _wide(x):
