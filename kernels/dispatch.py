@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 
 OPS = ("attention", "layer_norm", "rms_norm", "rotary", "swiglu", "gelu", "squared_relu", "linear_cross_entropy")
 TRITON_OPS = ("layer_norm", "rms_norm", "attention")
@@ -95,6 +96,7 @@ def public(op: str):
 
     plain = getattr(reference, op)
     torch.compiler.assume_constant_result(path)         # when a caller is compiled, the choice is made once
+    torch.compiler.assume_constant_result(_import)      # which torch.compile cannot trace
 
     @functools.wraps(plain)
     def run(x, *arguments, **options):
@@ -105,6 +107,10 @@ def public(op: str):
     return run
 
 
-@functools.cache
 def _triton(op):
-    return getattr(importlib.import_module(f"kernels.{op}"), op)
+    _import(op)
+    return getattr(sys.modules[f"kernels.{op}"], op)
+
+
+def _import(op):
+    importlib.import_module(f"kernels.{op}")
