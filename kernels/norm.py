@@ -31,6 +31,8 @@ BACKWARD = {64: (64, 8), 128: (32, 8), 256: (16, 8), 512: (8, 8), 1024: (4, 8), 
 """As FORWARD, 16 numbers a thread: beside the row, the sums of two gradients stay in registers."""
 BACKWARD_WIDE = (1024, 4, 8)
 """(columns at a time, rows at a time, warps) for wider rows, whose sums another kernel makes first."""
+PARTIALS, PARTIALS_WIDE = (64, 32), (8, 512)
+"""(rows at a time, columns of a program) of the partial sums, of which wide rows have few."""
 THREADS_PER_SM = 512
 """Of the persistent programs of a backward pass: two with 8 warps, one with 16."""
 
@@ -246,7 +248,8 @@ def lint_cases(centred: bool):
         *rows, parameters = backward(x, x, x, weight, mean, rstd, x, weight, bias, centred)
         for launch in rows:
             yield launch.lint_case(str(N))
-    yield parameters.lint_case("any")
+        if N in (max(BACKWARD), MAX_NORM_WIDTH):        # each for all widths up to it
+            yield parameters.lint_case(str(N))
 
 
 def rows_of(x: Tensor | None) -> Tensor | None:
@@ -302,10 +305,11 @@ def backward(grad, grad_total, total, weight, mean, rstd, grad_x, grad_weight, g
                               bias_sums_ptr=bias_sums, grad_total_stride=stride_of(grad_total)),
         dict(N=N, CENTRED=centred, ROWS=rows, BLOCK=block), warps))
     if grad_weight is not None or grad_bias is not None:
+        rows, block = PARTIALS if sums is None else PARTIALS_WIDE
         launches.append(Launch(
-            _add_partials, (triton.cdiv(N, 32),),
+            _add_partials, (triton.cdiv(N, block),),
             dict(weight_sums_ptr=weight_sums, bias_sums_ptr=bias_sums, grad_weight_ptr=grad_weight,
-                 grad_bias_ptr=grad_bias, P=programs, N=N), dict(ROWS=64, BLOCK=32), 4))
+                 grad_bias_ptr=grad_bias, P=programs, N=N), dict(ROWS=rows, BLOCK=block), 4))
     return launches
 
 

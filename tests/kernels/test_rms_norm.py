@@ -46,10 +46,34 @@ def test_strides_are_free(kind):
     check_op(named(names, op), named(names, formula), inputs, 3e-6)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("width", [1, 3, 770, 1025, 10000])
+def test_odd_widths(width):
+    check_op(named(PARTS[-1], op), named(PARTS[-1], formula), tensors(PARTS[-1], (5, width)), 1e-5)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("names", [("x",), PARTS[-1]], ids="-".join)
+def test_rows_wider_than_the_registers(names):
+    check_op(named(names, op), named(names, formula), tensors(names, (3, 20000)), 1e-5)
+
+
+@pytest.mark.triton
+def test_the_widest_rows():
+    check_op(named(PARTS[-1], op), named(PARTS[-1], formula), tensors(PARTS[-1], (2, 65536)), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("names", PARTS, ids="-".join)
-def test_bfloat16_is_as_exact_as_plain_pytorch(names):
-    check_error_ratio(named(names, op), named(names, formula), named(names, formula),
-                      tensors(names, (9, 65), torch.bfloat16))
+def test_low_precision_is_as_exact_as_plain_pytorch(names, dtype):
+    check_error_ratio(named(names, op), named(names, formula), named(names, formula), tensors(names, (9, 65), dtype))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", [(9, 770), (3, 20000)], ids=str)
+def test_bfloat16_in_wider_rows(shape):
+    check_error_ratio(named(PARTS[-1], op), named(PARTS[-1], formula), named(PARTS[-1], formula),
+                      tensors(PARTS[-1], shape, torch.bfloat16))
 
 
 def test_gradients_of_low_precision_weights_are_summed_in_float32():
@@ -59,6 +83,7 @@ def test_gradients_of_low_precision_weights_are_summed_in_float32():
     kernels.rms_norm(x, weight, EPS).backward(grad)
     exact = (grad.double() * formula(x.double())).sum(0)
     assert_close(weight.grad, exact, 0.02)
+
 
 def test_float32_parameters_with_bfloat16_input():
     """As under autocast: the output takes the input's dtype, the parameters' gradients keep their own."""
