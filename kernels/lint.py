@@ -12,14 +12,18 @@ wide loads in a memory kernel, or where nothing was compiled.
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib
 import io
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,10 +61,9 @@ ARCHS = {
     "sm_100": Arch("UTCHMMA", 232448, 2048, 32),
     "sm_120": Arch("HMMA", 101376, 1536, 24),
 }
-COLUMNS = {"case": "op/case", "arch": "arch", "registers": "regs", "spill_bytes": "spill", "shared_bytes": "shared",
-           "warps": "warps", "tensor_core": "tensor core", "loads": "loads", "stores": "stores",
+COLUMNS = {"case": "op/case", "arch": "arch  ", "registers": "regs", "spill_bytes": "spill", "shared_bytes": "shared",
+           "warps": "warps", "tensor_core": "tensor cores", "loads": "loads", "stores": "stores",
            "cp_async": "cp.async", "tma_loads": "TMA", "ctas_per_sm": "CTAs/SM", "verdict": "verdict"}
-"""The table's columns; loads, stores and cp.async as those of at least 128 bits / all."""
 
 
 def lint(case: LintCase, arch: str) -> dict:
@@ -74,7 +77,7 @@ def lint(case: LintCase, arch: str) -> dict:
     limits = ARCHS[arch]
     row = {
         "registers": max(map(int, re.findall(r"Used (\d+) registers", log))),
-        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill stores", log))),
         "shared_bytes": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         "tensor_core": dict(tensor_core),
@@ -146,14 +149,24 @@ def ctas_per_sm(row, tensor_memory_columns, arch):
                arch.threads // (32 * row["warps"]), TENSOR_MEMORY_COLUMNS // max(1, tensor_memory_columns))
 
 
-def table(rows):
-    """The rows as aligned text, with a heading."""
-    lines = [list(COLUMNS.values())] + [[cell(row.get(column)) for column in COLUMNS] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+@functools.cache
+def cases(op):
+    return list(importlib.import_module(f"kernels.{op}").lint_cases())
 
 
-def cell(value):
+def lint_number(op, arch, number):
+    """A row, of a case that another process can find too: kernels under triton.jit cannot be sent."""
+    case = cases(op)[number]
+    return {"case": f"{op}/{case.name}", "arch": arch} | lint(case, arch)
+
+
+def line(row, width):
+    """A row of the table, or its heading."""
+    return "  ".join(text(row.get(column)).ljust(width if column == "case" else len(heading))
+                     for column, heading in COLUMNS.items()).rstrip()
+
+
+def text(value):
     if isinstance(value, dict):
         return " ".join(f"{name} {count}" for name, count in value.items()) or "-"
     if isinstance(value, tuple):
@@ -170,21 +183,21 @@ def main(arguments=None):
     if INTERPRETED.value:
         parser.error("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled; unset it")
 
-    rows, failures = [], []
-    for op in options.op:
-        cases = list(importlib.import_module(f"kernels.{op}").lint_cases())
-        for arch in options.arch:
-            compiled = [{"case": f"{op}/{case.name}", "arch": arch} | lint(case, arch)
-                        for case in cases if arch in case.archs]
-            failures += [f"{row['case']} {arch}: {row['verdict']}" for row in compiled if row["verdict"] != "ok"]
-            failures += [] if compiled else [f"{op} {arch}: no kernel ships"]
-            rows += compiled
-    if not rows:
-        failures.append("the table is empty")
+    shipped = [(op, arch, number) for op in options.op for arch in options.arch
+               for number, case in enumerate(cases(op)) if arch in case.archs]
+    failures = [f"{op} {arch}: no kernel ships" for op in options.op for arch in options.arch
+                if (op, arch) not in {(op, arch) for op, arch, _ in shipped}]
+    failures += [] if shipped else ["the table is empty"]
+    rows = []
+    width = max((len(f"{op}/{cases(op)[number].name}") for op, _, number in shipped), default=0)
+    print(f"Triton {triton.__version__}; loads, stores and cp.async: of 128 bits or more / all\n{line(COLUMNS, width)}")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")) as pool:
+        for row in pool.map(lint_number, *zip(*shipped)):
+            rows.append(row)
+            print(line(row, width), flush=True)
+            failures += [] if row["verdict"] == "ok" else [f"{row['case']} {row['arch']}: {row['verdict']}"]
 
-    print(f"Triton {triton.__version__}\n{table(rows)}")
-    for failure in failures:
-        print(f"failed: {failure}")
+    print(*(f"failed: {failure}" for failure in failures), f"{len(rows)} compiled, {len(failures)} failures", sep="\n")
     if options.json:
         print(json.dumps({"triton": triton.__version__, "date": datetime.date.today().isoformat(),
                           "failures": failures, "rows": rows}))

@@ -1,4 +1,4 @@
-"""The lint passes good kernels and names what is wrong with each bad one. It runs in processes of its own, for sm_90."""
+"""The lint passes good kernels and names what is wrong with each bad one, in processes of its own and for sm_90."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_verdicts(toys, rows, case, verdict):
 
 def test_a_spill_is_found_with_its_size(rows):
     row = rows["spills/subtract_sum"]
-    assert row["spill_bytes"] > 500 and row["verdict"] == f"spills {row['spill_bytes']} bytes"
+    assert row["spill_bytes"] > 100 and row["verdict"] == f"spills {row['spill_bytes']} bytes"
 
 
 def test_an_op_without_kernels_fails(toys):
