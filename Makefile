@@ -1,5 +1,6 @@
 # make quickstart   install, train a GPT on Python's own library, print samples
 # make test         install, check the style, run all tests; needs no GPU and, once installed, no network
+# make lint-kernels TRITON=3.6.0   compile every kernel under that release of Triton and read the machine code
 # PYTHON=python3.12 picks the interpreter of .venv
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := .venv/.installed
 TESTS_INSTALLED := .venv/.tests-installed
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint lint-kernels clean
 
 quickstart: $(INSTALLED)
 	@$(BIN)/python train.py configs/quickstart.toml --resume
@@ -18,10 +19,22 @@ quickstart: $(INSTALLED)
 test: $(TESTS_INSTALLED) lint
 	$(BIN)/python -m pytest -q -n 2 -m "not serial"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
+	$(BIN)/python -m kernels.lint --arch sm_90
 	$(BIN)/python -m pytest -q -m serial
 
 lint: $(TESTS_INSTALLED)
 	$(BIN)/ruff check .
+
+TRITON ?= 3.6.0
+OTHER_TRITON = .venv/triton-$(TRITON)
+
+lint-kernels: $(OTHER_TRITON)/.installed
+	PYTHONPATH=$(OTHER_TRITON) $(BIN)/python -m kernels.lint
+
+$(OTHER_TRITON)/.installed: | $(INSTALLED)
+	rm -rf $(OTHER_TRITON)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) triton==$(TRITON)
+	@touch $@
 
 # torch is installed first and pinned, so that no dependency of another package picks its release
 $(INSTALLED): setup.py constraints.txt

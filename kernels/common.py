@@ -56,3 +56,6 @@ class LintCase:
     """What the launch passes besides: num_warps, num_stages, maxnreg, ..."""
     archs: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
     """The architectures it ships for."""
+
+    def __post_init__(self):
+        assert self.kind in ("dot", "memory", "plain"), self.kind
