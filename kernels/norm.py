@@ -159,7 +159,7 @@ def _norm_backward(grad_ptr, grad_total_ptr, total_ptr, weight_ptr, mean_ptr, rs
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     for group in tl.range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=2):
-        rows = tl.zeros((ROWS,), tl.int64) + group * ROWS + tl.arange(0, ROWS)
+        rows = (tl.zeros((ROWS,), tl.int64) + group) * ROWS + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & (cols < N)[None, :]
         g = _load(grad_ptr, rows, grad_stride, cols, inside)
         normal, rstd = _load_normal(total_ptr, mean_ptr, rstd_ptr, rows, total_stride, cols, inside, M, CENTRED)
