@@ -35,6 +35,8 @@ PARTIALS, PARTIALS_WIDE = (64, 32), (8, 512)
 """(rows at a time, columns of a program) of the partial sums, of which wide rows have few."""
 THREADS_PER_SM = 512
 """Of the persistent programs of a backward pass: two with 8 warps, one with 16."""
+REGISTERS = 65536 // THREADS_PER_SM
+"""That each of those threads may have: ptxas would rather spill, for a third program that never comes."""
 
 
 @triton.jit
@@ -204,6 +206,7 @@ def _add_partials(weight_sums_ptr, bias_sums_ptr, grad_weight_ptr, grad_bias_ptr
 
 @triton.jit
 def _add_columns(sums_ptr, grad_ptr, P, cols, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of all rows in some columns."""
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, P, ROWS):
         rows = start + tl.arange(0, ROWS)
@@ -219,12 +222,12 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Tensor | int | float | None]
     constants: dict[str, int]
-    num_warps: int
+    options: dict[str, int]
 
     def run(self):
         if not all(self.grid):
             return
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=True)
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options, enable_fp_fusion=True)
 
     def lint_case(self, name: str) -> LintCase:
         types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
@@ -235,7 +238,7 @@ class Launch:
             {key: None for key in self.arguments.keys() - given.keys()} | self.constants, "memory",
             tuple(key for key, value in given.items()
                   if isinstance(value, Tensor) or isinstance(value, int) and value % 16 == 0),
-            {"num_warps": self.num_warps, "enable_fp_fusion": True})
+            self.options | {"enable_fp_fusion": True})
 
 
 def lint_cases(centred: bool):
@@ -243,7 +246,8 @@ def lint_cases(centred: bool):
     for N in sorted(FORWARD | BACKWARD) + [MAX_NORM_WIDTH]:
         x, weight = torch.empty(4096, N, dtype=torch.bfloat16, device="meta"), torch.empty(N, device="meta")
         bias = weight if centred else None
-        mean, rstd = torch.empty(2, 4096, device="meta")
+        rstd = torch.empty(4096, device="meta")
+        mean = rstd if centred else None
         yield forward(x, weight, bias, x, x, x, mean, rstd, 1e-5, centred).lint_case(str(N))
         *rows, parameters = backward(x, x, x, weight, mean, rstd, x, weight, bias, centred)
         for launch in rows:
@@ -270,6 +274,7 @@ def fitting(table, N):
 
 
 def forward(x, weight, bias, residual, y, total, mean, rstd, eps, centred) -> Launch:
+    """What writes y, total, mean and rstd; x and residual are rows."""
     M, N = x.shape
     arguments = dict(
         x_ptr=x, residual_ptr=residual, weight_ptr=weight, bias_ptr=bias, y_ptr=y, total_ptr=total, mean_ptr=mean,
@@ -277,12 +282,13 @@ def forward(x, weight, bias, residual, y, total, mean, rstd, eps, centred) -> La
     if config := fitting(FORWARD, N):
         block, rows, warps = config
         constants = dict(N=N, CENTRED=centred, ROWS=rows, BLOCK=block)
-        return Launch(_norm, (triton.cdiv(M, rows),), arguments, constants, warps)
+        return Launch(_norm, (triton.cdiv(M, rows),), arguments, constants, dict(num_warps=warps))
     block, warps = FORWARD_WIDE
-    return Launch(_norm_wide, (M,), arguments, dict(N=N, CENTRED=centred, BLOCK=block), warps)
+    return Launch(_norm_wide, (M,), arguments, dict(N=N, CENTRED=centred, BLOCK=block), dict(num_warps=warps))
 
 
 def backward(grad, grad_total, total, weight, mean, rstd, grad_x, grad_weight, grad_bias, centred) -> list[Launch]:
+    """What writes grad_x, grad_weight and grad_bias; grad, grad_total and total are rows."""
     M, N = total.shape
     launches, sums = [], None
     common = dict(grad_ptr=grad, total_ptr=total, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd)
@@ -293,7 +299,7 @@ def backward(grad, grad_total, total, weight, mean, rstd, grad_x, grad_weight, g
         sums = total.new_empty(2, M, dtype=torch.float32)
         block, warps = FORWARD_WIDE
         launches.append(Launch(_row_sums, (M,), common | sizes | dict(sums_ptr=sums),
-                               dict(N=N, CENTRED=centred, BLOCK=block), warps))
+                               dict(N=N, CENTRED=centred, BLOCK=block), dict(num_warps=warps)))
         block, rows, warps = BACKWARD_WIDE
     columns = triton.cdiv(N, block)
     programs = max(1, min(triton.cdiv(M, rows), multiprocessors(total) * THREADS_PER_SM // (32 * warps) // columns))
@@ -303,13 +309,13 @@ def backward(grad, grad_total, total, weight, mean, rstd, grad_x, grad_weight, g
         _norm_backward, (programs, columns),
         common | sizes | dict(grad_total_ptr=grad_total, sums_ptr=sums, grad_x_ptr=grad_x, weight_sums_ptr=weight_sums,
                               bias_sums_ptr=bias_sums, grad_total_stride=stride_of(grad_total)),
-        dict(N=N, CENTRED=centred, ROWS=rows, BLOCK=block), warps))
+        dict(N=N, CENTRED=centred, ROWS=rows, BLOCK=block), dict(num_warps=warps, maxnreg=REGISTERS)))
     if grad_weight is not None or grad_bias is not None:
         rows, block = PARTIALS if sums is None else PARTIALS_WIDE
         launches.append(Launch(
             _add_partials, (triton.cdiv(N, block),),
             dict(weight_sums_ptr=weight_sums, bias_sums_ptr=bias_sums, grad_weight_ptr=grad_weight,
-                 grad_bias_ptr=grad_bias, P=programs, N=N), dict(ROWS=rows, BLOCK=block), 4))
+                 grad_bias_ptr=grad_bias, P=programs, N=N), dict(ROWS=rows, BLOCK=block), dict(num_warps=4)))
     return launches
 
 
