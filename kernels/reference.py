@@ -78,7 +78,8 @@ def _attention_seeded_dropout(q, k, v, mask, dropout_p, seed, scale):
 def layer_norm(x, weight, bias, eps, residual=None):
     """(x - mean) / sqrt(var + eps) · weight + bias over the last dimension (arXiv 1607.06450); computed in float32.
 
-    x (..., C); weight, bias (C,) or None. With `residual` (..., C): gives (norm of x + residual, x + residual).
+    x (..., C), C up to 65536; weight, bias (C,) or None, in the dtype of x or another. With `residual` (..., C): gives
+    (norm of x + residual, x + residual), in the wider of the two's dtypes. ValueError where the arguments do not fit.
     """
     check_norm("layer_norm", x, eps, residual, weight=weight, bias=bias)
     if residual is not None:
@@ -90,7 +91,8 @@ def layer_norm(x, weight, bias, eps, residual=None):
 def rms_norm(x, weight, eps, residual=None):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467); computed in float32.
 
-    x (..., C); weight (C,) or None. With `residual` (..., C): gives (norm of x + residual, x + residual).
+    x (..., C), C up to 65536; weight (C,) or None, in the dtype of x or another. With `residual` (..., C): gives
+    (norm of x + residual, x + residual), in the wider of the two's dtypes. ValueError where the arguments do not fit.
     """
     check_norm("rms_norm", x, eps, residual, weight=weight)
     if residual is not None:
