@@ -6,7 +6,8 @@ Decoding is minigpt/engine.py and minigpt/sampling.py; `python sample.py --help`
 if __name__ == "__main__":
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports: no traceback
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
     from minigpt.cli import sample
 
     sample()

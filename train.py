@@ -6,7 +6,8 @@ The loop is minigpt/training.py; `python train.py --help` lists every setting.
 if __name__ == "__main__":
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C during the imports: no traceback
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during the imports: no traceback
     from minigpt.cli import train
 
     train()

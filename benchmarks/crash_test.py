@@ -1,9 +1,10 @@
 """Kills training runs at random instants: python -m benchmarks.crash_test [--kills 200] [--device cuda] [--json FILE]
 
-Each trial starts a run from nothing, kills it by SIGKILL at a random instant (three in four after its first
-checkpoint), looks for its newest checkpoint, resumes it to its end and compares that with a run that was never stopped:
-every byte of the last checkpoint, the names of those that were kept, and the log but for its times. The last line of
-the output is one JSON object; the exit code is 1 where a trial failed, and its directory is kept.
+Each trial starts a run from nothing, kills it by SIGKILL at a random instant, looks for its newest checkpoint, resumes
+it to its end and compares that with a run that was never stopped: every byte of the last checkpoint, the names of those
+that were kept, and the log but for its times. Of four trials one is killed at any instant, one within a save, one after
+its first checkpoint, and one was stopped by SIGTERM and resumed before. The last line of the output is one JSON object;
+the exit code is 1 where a trial failed or none was killed within a save, and the directories of failures are kept.
 
 The runs are processes forked from one that has torch imported, so that no instant is wasted on importing it.
 """
@@ -32,9 +33,9 @@ VARIANTS = {
     "masked, AdamW, documents, early stopping": [
         "--objective.name=masked", "--optim.name=adamw", "--data.order=documents", "--train.early_stopping=2",
         "--optim.learning_rate=0.02"],
-    "causal, AdamW, a spike": [
-        "--optim.name=adamw", "--optim.learning_rate=0.01", "--train.batch_size=1", "--train.spike_bound=0.6",
-        "--train.seed=2"],
+    "causal, AdamW, float16, spikes": [
+        "--train.dtype=float16", "--optim.name=adamw", "--optim.learning_rate=0.01", "--train.batch_size=1",
+        "--train.spike_bound=0.6", "--train.seed=2"],
 }
 TIMES = {"elapsed_seconds", "tokens_per_second", "mfu"}
 
@@ -57,7 +58,7 @@ def main():
     else:
         shutil.rmtree(folder)
     print(line)
-    sys.exit(bool(result["unreadable"] or result["different"]))
+    sys.exit(bool(result["unreadable"] or result["different"] or not result["killed_in_a_save"]))
 
 
 def crash(folder: Path, kills: int, device="cpu", seed=0, workers=2, say=lambda line: None) -> dict:
@@ -112,18 +113,36 @@ def killed_and_resumed(context, number, folder, command, seconds, wanted):
     from minigpt import checkpoint
 
     chance = random.Random(number)
+    saving = folder / "run/checkpoints" / checkpoint.UNFINISHED
+
+    def wait(process, condition):
+        while not condition() and process.is_alive():
+            time.sleep(0.0005)
+
+    def first_checkpoint():
+        return any(folder.glob("run/checkpoints/step-*"))
+
     while True:
-        process, started = start(context, folder, command), time.monotonic()
-        while number % 4 and not any(folder.glob("run/checkpoints/step-*")) and process.is_alive():
-            time.sleep(0.001)                           # three of four kills come after the first checkpoint
-        time.sleep(chance.uniform(0, max(0.0, seconds - (time.monotonic() - started))))
+        process, left = start(context, folder, command), seconds
+        if number % 4:
+            wait(process, first_checkpoint)
+            left = seconds * 0.8
+        if number % 4 == 3:
+            time.sleep(chance.uniform(0, left / 2))
+            process.terminate()
+            process.join_code()
+            process, left = start(context, folder, [*command, "--resume"]), left / 2
+        time.sleep(chance.uniform(0, left))
+        if number % 4 == 1:
+            wait(process, saving.exists)
+            time.sleep(chance.uniform(0, 0.02))
         process.kill()
         if process.join_code() != 0:
             break
         shutil.rmtree(folder)                           # it had ended already: no kill
     warnings = []
     found = checkpoint.newest(folder / "run", warnings.append)
-    there = {path.name for path in (folder / "run/checkpoints").glob("*")} if (folder / "run").exists() else set()
+    there = {path.name for path in (folder / "run/checkpoints").glob("*")}
     unfinished = {name for name in there if not checkpoint.NAME.fullmatch(name) or name.endswith(".replaced")}
     moment = "in a save" if unfinished else "between saves" if found else "before a checkpoint"
     if warnings or (there - unfinished and not found):
@@ -149,7 +168,8 @@ class start:
                 f"--data.cache_dir={folder / 'cache'}"]
         self.process = context.Process(target=train, args=(argv, folder / "output"))
         self.process.start()
-        self.kill, self.is_alive = self.process.kill, self.process.is_alive
+        self.kill, self.terminate = self.process.kill, self.process.terminate
+        self.is_alive = self.process.is_alive
 
     def join_code(self):
         self.process.join()

@@ -293,17 +293,10 @@ def attention_backward_keys(Q, K, V, DOCUMENT_IDS, GRAD, LSE, DELTA, DQ, DK, DV,
     if DOCUMENTS:
         key_documents = tl.load(DOCUMENT_IDS + keys, mask=keys < S, other=0)
     first, last = T * 0, T
-    whole_first, whole_last = first, last
     if CAUSAL:
         first = tl.minimum(tl.maximum(low - shift, 0), T) // BLOCK_M * BLOCK_M
-        whole_first = (tl.minimum(tl.maximum(high - shift, 0), T) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     if WINDOW:
         last = tl.minimum(tl.maximum(high - shift + window, 0), T)
-        whole_last = tl.minimum(tl.maximum(low - shift + window, 0), T) // BLOCK_M * BLOCK_M
-    if DOCUMENTS:
-        whole_last = first
-    whole_first = tl.minimum(tl.maximum(whole_first, first), last)
-    whole_last = tl.minimum(tl.maximum(whole_last, whole_first), last)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(0, GROUP):
@@ -311,21 +304,10 @@ def attention_backward_keys(Q, K, V, DOCUMENT_IDS, GRAD, LSE, DELTA, DQ, DK, DV,
         head = b * H + h
         query, grad = Q + b * stride_qb + h * stride_qh, GRAD + b * stride_gb + h * stride_gh
         dq, lse, delta = DQ + (b * T * H + h) * D, LSE + head * T, DELTA + head * T
-        if CAUSAL:
-            dk, dv = _backward_queries(
-                dk, dv, k, v, first, whole_first, query, grad, dq, lse, delta, DOCUMENT_IDS, stride_qt, stride_gt,
-                H * D, keys, key_documents, head, T, S, shift, window, factor, SEED, threshold, rescale, D, BLOCK_D,
-                BLOCK_M, True, CAUSAL, WINDOW, DOCUMENTS, DROPOUT, ATOMIC)
-        if not DOCUMENTS:
-            dk, dv = _backward_queries(
-                dk, dv, k, v, whole_first, whole_last, query, grad, dq, lse, delta, DOCUMENT_IDS, stride_qt, stride_gt,
-                H * D, keys, key_documents, head, T, S, shift, window, factor, SEED, threshold, rescale, D, BLOCK_D,
-                BLOCK_M, False, CAUSAL, WINDOW, DOCUMENTS, DROPOUT, ATOMIC)
-        if WINDOW or DOCUMENTS:
-            dk, dv = _backward_queries(
-                dk, dv, k, v, whole_last, last, query, grad, dq, lse, delta, DOCUMENT_IDS, stride_qt, stride_gt,
-                H * D, keys, key_documents, head, T, S, shift, window, factor, SEED, threshold, rescale, D, BLOCK_D,
-                BLOCK_M, True, CAUSAL, WINDOW, DOCUMENTS, DROPOUT, ATOMIC)
+        dk, dv = _backward_queries(
+            dk, dv, k, v, first, last, query, grad, dq, lse, delta, DOCUMENT_IDS, stride_qt, stride_gt, H * D, keys,
+            key_documents, head, T, S, shift, window, factor, SEED, threshold, rescale, D, BLOCK_D, BLOCK_M,
+            CAUSAL or WINDOW or DOCUMENTS, CAUSAL, WINDOW, DOCUMENTS, DROPOUT, ATOMIC)
     place = (b * S * H_kv + h_kv) * D + _offsets(keys, H_kv * D, columns)
     inside = (keys[:, None] < S) & (columns[None, :] < D)
     tl.store(DK + place, round_to(dk * scale, DK.dtype.element_ty), mask=inside)

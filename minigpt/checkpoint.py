@@ -12,9 +12,10 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ from minigpt.tokenizer import Tokenizer
 FORMAT = 2
 MANIFEST = "manifest.json"
 REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer/settings.json"}
+FILE_NAME = re.compile(r"(\w[\w.-]{0,99}/)?\w[\w.-]{0,99}")
 NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 UNFINISHED = ".unfinished"
 """Name of the directory in which a checkpoint is written before it gets its own."""
@@ -63,6 +65,14 @@ class Checkpoint:
             raise ValueError(f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
                              f"{self.config.model.vocab_size}; they do not belong together")
         return tokenizer
+
+    def check_depth(self) -> None:
+        """Raise ValueError where config.json asks for more layers than there are tensors, before any is made."""
+        with _opened(self.path / "model.safetensors") as file:
+            count = len(file.keys())
+        if self.config.model.depth > count:
+            raise ValueError(f"{self.path / 'config.json'}: model.depth = {self.config.model.depth}, but "
+                             f"model.safetensors has {count} tensors")
 
     def check_model(self, model: torch.nn.Module) -> None:
         """Raise ValueError unless the weights have the names, shapes and types of `model`'s, from the header alone.
@@ -167,6 +177,7 @@ def save(checkpoints: Path, step: int, *, model, optimizers, state: dict, config
             os.replace(path, replaced)
         os.replace(unfinished, path)
         sync_directory(checkpoints)
+        sync_directory(checkpoints.parent)
         delete(replaced)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be saved ({error}); the checkpoints before it are as they were") from None
@@ -176,9 +187,10 @@ def save(checkpoints: Path, step: int, *, model, optimizers, state: dict, config
 
 
 def _write(unfinished, tensors, state, config, tokenizer):
+    write_durably(unfinished / "state.json", json.dumps(state, indent=1).encode())
     for name, group in tensors.items():
         save_file({key: tensor.contiguous() for key, tensor in group.items()}, unfinished / name)
-    write_durably(unfinished / "state.json", json.dumps(state, indent=1).encode())
+        shutil.copymode(unfinished / "state.json", unfinished / name)       # safetensors lets nobody else read
     write_durably(unfinished / "config.json", config.to_json().encode())
     tokenizer.save(unfinished / "tokenizer")
     files = {}
@@ -194,7 +206,8 @@ def delete(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
     elif path.is_dir():
-        (path / MANIFEST).unlink(missing_ok=True)
+        with suppress(IsADirectoryError):
+            (path / MANIFEST).unlink(missing_ok=True)
         sync_directory(path)
         shutil.rmtree(path)
 
@@ -211,19 +224,20 @@ def verify(path: Path) -> None:
     if content.get("format") != FORMAT:
         raise ValueError(f"{manifest}: format {content.get('format')!r}, this version reads {FORMAT}")
     try:
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{manifest}: not a manifest ({error!r})") from None
     for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{manifest}: {name} lies outside the checkpoint")
+        if not FILE_NAME.fullmatch(name) or ".." in name:
+            raise ValueError(f"{manifest}: {name!r} lies outside the checkpoint, or is no name that it can hold")
     for name in sorted(REQUIRED - files.keys()):
         raise ValueError(f"{manifest}: does not list {name}")
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
+    folders = {path / name.rpartition("/")[0] for name in files}
+    for file in sorted(file for folder in folders for file in folder.glob("*")):
         if file.is_symlink():
             raise ValueError(f"{file}: a symbolic link; a checkpoint holds its files itself")
-        if not file.is_dir() and name not in files and name != MANIFEST and not file.name.startswith("."):
+        name = file.relative_to(path).as_posix()
+        if name not in files and name != MANIFEST and file not in folders and not file.name.startswith("."):
             raise ValueError(f"{file}: not listed in {MANIFEST}; remove it")
     for name, (size, digest) in files.items():
         file = path / name
@@ -253,18 +267,23 @@ def is_replaced(path: Path) -> bool:
 
 
 def newest(run: Path, warn=lambda line: print(line, file=sys.stderr)) -> Checkpoint | None:
-    """The newest valid checkpoint of a run, or None; `warn` is told of each damaged one that is passed over.
-
-    One without a manifest was never finished, which a crash explains, and is passed over in silence.
-    """
+    """The newest valid checkpoint of a run, or None; `warn` is told of each one that is passed over, and why."""
     for path in in_run(run):
         try:
             verify(path)
             return Checkpoint(path)
-        except ValueError as error:
-            if (path / MANIFEST).exists():
-                warn(f"warning: {error}; the checkpoint before it is used")
+        except (ValueError, OSError) as error:
+            warn(f"warning: {error}; the checkpoint before it is used")
     return None
+
+
+def set_aside(run: Path, found: Checkpoint) -> None:
+    """Rename what is newer than `found`, and so was passed over as damaged, so that it counts no longer."""
+    for path in in_run(run):
+        if step_of(path) > step_of(found.path) and not is_replaced(path):
+            aside = path.with_name(f"{path.name}.damaged")
+            delete(aside)
+            os.replace(path, aside)
 
 
 def find(path: str | Path) -> Checkpoint:
@@ -283,10 +302,7 @@ def find(path: str | Path) -> Checkpoint:
 
 
 def prune(run: Path, step: int, keep_last: int, best_step: int | None) -> None:
-    """Of the checkpoints up to `step` delete all but the newest `keep_last` and the best one.
-
-    Later ones are damaged ones from before the run went on from here; they must not crowd out those that are whole.
-    """
+    """Of the checkpoints up to `step` delete all but the newest `keep_last` and the best one."""
     until = [path for path in in_run(run) if step_of(path) <= step]
     kept = [path for path in until if not is_replaced(path)]
     kept = kept[:keep_last] + [path for path in kept if step_of(path) == best_step]

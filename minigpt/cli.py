@@ -66,9 +66,9 @@ def _train(arguments, overrides, go_on):
     from minigpt import training
 
     try:
-        print(training.train(config, resume=arguments.resume))
+        _tell(training.train(config, resume=arguments.resume), sys.stdout)
     except training.Interrupted as stopped:
-        print(f"{stopped}\ngo on with: {go_on}", flush=True)
+        _tell(f"{stopped}\ngo on with: {go_on}", sys.stdout)
         sys.exit(stopped.exit_code)
 
 
@@ -164,7 +164,8 @@ def _run(command, on_interrupt) -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")   # a terminal that is not UTF-8 shows what it cannot print
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         command()
         sys.stdout.flush()
@@ -172,8 +173,9 @@ def _run(command, on_interrupt) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        print(f"\n{on_interrupt}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        _tell(f"\n{on_interrupt}", sys.stderr)
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(130)                                   # the end of Python would abort a thread that is outside it
     except (ValueError, OSError) as error:
         _fail(error)
@@ -185,8 +187,16 @@ def _run(command, on_interrupt) -> None:
 
 
 def _fail(error):
-    print("error:", _one_line(_in_words(error)), file=sys.stderr)
+    _tell(f"error: {_one_line(_in_words(error))}", sys.stderr)
     sys.exit(2)
+
+
+def _tell(text, stream):
+    """Print a line; where nobody can read it any more, as after a terminal was closed, the command goes on."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _one_line(message):

@@ -138,6 +138,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Run:
     is missing or damaged.
     """
     found = checkpoint.find(path)
+    found.check_depth()
     with torch.device("meta"):
         found.check_model(GPT(found.config.model))
     model = GPT(found.config.model).to(pick_device(device)).eval()

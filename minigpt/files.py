@@ -22,16 +22,31 @@ def expanded(path: str, key: str) -> Path:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content in hexadecimal."""
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path):
-    """What a JSON file holds. Raises FileNotFoundError, and ValueError naming a file that is not JSON."""
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """An error of the operating system in this block names the file; reads and writes alone do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_json(path: Path, most_bytes: int = 1 << 26):
+    """What a JSON file holds. Raises FileNotFoundError, and ValueError naming a file that is not JSON or too large."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: not a file")         # opening a pipe would wait for ever
+    with named(path):
+        if path.stat().st_size > most_bytes:
+            raise ValueError(f"{path}: damaged, {path.stat().st_size} bytes are more than it can have")
+        data = path.read_bytes()
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged, not JSON ({error})") from None
 
@@ -42,9 +57,9 @@ def write_sealed(path: Path, content: dict, indent: int | None = None) -> None:
     write_durably(path, body + _seal(body))
 
 
-def read_sealed(path: Path) -> dict:
+def read_sealed(path: Path, most_bytes: int = 1 << 26) -> dict:
     """What `write_sealed` wrote, without the seal. Raises FileNotFoundError, and ValueError where one byte differs."""
-    content = read_json(path)
+    content = read_json(path, most_bytes)
     data = path.read_bytes()
     body, _, _ = data.rpartition(b', "sha256": ')
     if not isinstance(content, dict) or data != body + _seal(body):
@@ -64,7 +79,7 @@ def write_durably(path: Path, content: bytes) -> None:
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        with open(unfinished, "wb") as file:
+        with named(path), open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -128,6 +143,9 @@ def held(directory: Path) -> Iterator[None]:
     """
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        with suppress(OSError):
+            sync_directory(path.parent)
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:

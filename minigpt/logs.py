@@ -15,6 +15,8 @@ class JsonLines:
     def __init__(self, path: Path):
         self.path = path
         self.pending = b""
+        self.last_step = None
+        """The step that the file is to be cut back to before anything is appended; None where it need not be."""
 
     def write(self, record: dict) -> None:
         """Append a record. Raises OSError where the disk refuses; the next write then brings it too."""
@@ -22,7 +24,11 @@ class JsonLines:
         self.flush()
 
     def flush(self) -> None:
-        """Append what is pending."""
+        """Append what is pending, after a cut that is still to be made."""
+        if self.last_step is not None:
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+            write_durably(self.path, b"".join(line for line in lines if _is_until(line, self.last_step)))
+            self.last_step = None
         if not self.pending:
             return
         with open(self.path, "ab", buffering=0) as file:
@@ -43,15 +49,14 @@ class JsonLines:
 
     def cut_back(self, step: int) -> None:
         """Drop every line that is from after `step`, or not whole."""
-        self.pending = b""
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        write_durably(self.path, b"".join(line for line in lines if _is_until(line, step)))
+        self.pending, self.last_step = b"", step
+        self.flush()
 
 
 def _is_until(line, step):
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

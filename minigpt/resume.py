@@ -17,6 +17,7 @@ from minigpt.config import Config
 FIXED_ON_RESUME = ("data.order", "data.document_mask", "tokenizer", "model", "objective", "train.seed",
                    "train.batch_size", "train.accumulation_steps", "optim.name")
 """Settings that a resumed run must share with the run as it was begun. The text may have moved, not changed."""
+MOST = 1 << 62
 SAVED = {"loop": dict, "dataset": str, "dtype": str, "scaler": dict, "random": dict, "made_with": str}
 """What state.json holds."""
 
@@ -47,6 +48,12 @@ class LoopState:
     """Times that the run went back to a checkpoint, or would have if there had been one."""
     avoided: list = dataclasses.field(default_factory=list)
     """First rows of the batches that are passed over, because the run went back on account of them."""
+    furthest: int = 0
+    """The furthest step on account of which the run went back."""
+    tries: int = 0
+    """Times that it went back without getting beyond that step."""
+    micro_batch: int = 0
+    """Rows that fit the GPU's memory at once, where that is less than train.batch_size; else 0."""
 
     def is_done(self, config: Config) -> bool:
         """Whether the run has ended, by its last step or by early stopping, with an evaluation of where it ended."""
@@ -64,7 +71,9 @@ class LoopState:
         try:
             state = cls(**found.state["loop"])
             sound = (all(isinstance(getattr(state, key), kind) for key, kind in get_type_hints(cls).items())
-                     and min(state.step, state.rows) >= 0 and (not state.evaluated or "val_loss" in state.evaluated)
+                     and 0 <= state.step < MOST and 0 <= state.rows < MOST
+                     and all(_is_record(record, key) for record, key in ((state.owed, "step"),
+                                                                         (state.evaluated, "val_loss")))
                      and all(isinstance(found.state[key], kind) for key, kind in SAVED.items())
                      and found.state["dtype"] in ("float32", "bfloat16", "float16"))
         except (TypeError, KeyError):
@@ -72,6 +81,14 @@ class LoopState:
         if not sound:
             raise ValueError(f"{found.path / 'state.json'}: not a state of this version")
         return state
+
+
+def _is_record(record, key):
+    """Whether a dictionary is empty, or one of numbers, `key` among them, and of what a log line holds besides."""
+    names = {"skipped", "avoided"}
+    return not record or key in record and all(
+        isinstance(value, int | float) or name in names or value in ("nan", "inf", "-inf")
+        for name, value in record.items())
 
 
 def open_run(run: Path, config: Config, resume: bool, say) -> checkpoint.Checkpoint | None:
@@ -83,15 +100,19 @@ def open_run(run: Path, config: Config, resume: bool, say) -> checkpoint.Checkpo
     for path in (*run.iterdir(), *run.glob("tokenizer/*")):
         if path.is_symlink():
             raise ValueError(f"{path}: a symbolic link; a run holds its files itself (the run directory may be a link)")
-    if not (run / "config.json").exists() and any(not path.name.startswith(".") for path in run.iterdir()):
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path}: neither a file nor a directory; remove it")
+    known = (run / "config.json").exists() or (run / "checkpoints").exists()
+    if not known and any(not path.name.startswith(".") for path in run.iterdir()):
         raise ValueError(f"{run} is not empty and is no run; name another train.run_dir")
     found = checkpoint.newest(run, say)
     if found is None:
-        if any((path / checkpoint.MANIFEST).exists() for path in checkpoint.in_run(run)):
+        if checkpoint.in_run(run):
             raise ValueError(f"{run} has only damaged checkpoints; restore one, or begin anew in another train.run_dir")
         say(f"{run} has no checkpoint yet; beginning at step 0")
         return None
     check_same_run(found, config)
+    checkpoint.set_aside(run, found)
     return found
 
 

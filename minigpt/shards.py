@@ -165,7 +165,7 @@ def read_index(directory: Path) -> dict:
     """
     path = directory / INDEX
     try:
-        index = read_sealed(path)
+        index = read_sealed(path, most_bytes=1 << 34)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class StopFlag:
@@ -15,19 +15,24 @@ class StopFlag:
 
 @contextmanager
 def stop_signals() -> Iterator[StopFlag]:
-    """SIGINT, SIGTERM and SIGHUP set a flag once; a second one ends the process as if nothing handled it."""
+    """SIGINT, SIGTERM and SIGHUP set a flag once; a second one ends the process as if nothing handled it.
+
+    A signal that whoever started the process had it ignore, as `nohup` does, stays ignored.
+    """
     flag = StopFlag()
 
     def handle(number, frame):
         flag.number = number
         for stop in before:
             signal.signal(stop, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
+        with suppress(OSError):                         # the terminal may be what went away
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     before = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before[number] = signal.signal(number, handle)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handle)
     except ValueError:                                  # not the main thread: signals are someone else's
         pass
     try:

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+from minigpt.files import write_durably
+
 SPECIAL_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<mask>": 4}
 """<s> starts a document and so also ends the one before it; </s> ends a segment; <unk> is never produced."""
 END_TOKENS = (SPECIAL_TOKENS["<s>"], SPECIAL_TOKENS["</s>"])
@@ -133,14 +135,16 @@ class Tokenizer:
         return b"".join(map(self.token_bytes.__getitem__, ids))
 
     def save(self, directory: str | Path) -> None:
-        """Write `settings.json` and, for BPE, SentencePiece's own `tokenizer.model`."""
+        """Write `settings.json` and, for BPE, SentencePiece's own `tokenizer.model`, each whole or not at all."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self.kind == "bpe":
-            (directory / "tokenizer.model").write_bytes(self._model)
-        settings = {"kind": self.kind, "vocab_size": self.vocab_size, "special_tokens": self.special_tokens,
-                    "fingerprint": self.fingerprint}
-        (directory / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+            write_durably(directory / "tokenizer.model", self._model)
+        write_durably(directory / "settings.json", (json.dumps(self._settings(), indent=2) + "\n").encode())
+
+    def _settings(self):
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "special_tokens": self.special_tokens,
+                "fingerprint": self.fingerprint}
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -151,7 +155,7 @@ class Tokenizer:
             kind = settings["kind"]
             model = _file(directory / "tokenizer.model").read_bytes() if kind == "bpe" else b""
             tokenizer = cls(kind, model)
-            intact = settings["fingerprint"] == tokenizer.fingerprint
+            intact = settings == tokenizer._settings()
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{directory}: the tokenizer is damaged ({error}); restore the directory") from None
         if not intact:

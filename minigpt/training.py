@@ -58,6 +58,10 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
     run = expanded(config.train.run_dir, "train.run_dir")
     if run.exists() and not run.is_dir():
         raise ValueError(f"{run} is a file; name another train.run_dir")
+    text = Path(os.path.expanduser(config.data.path))
+    if config.data.path != "stdlib" and text.is_dir() and run.resolve().is_relative_to(text.resolve()):
+        raise ValueError(f"train.run_dir = {str(run)!r} lies in data.path = {config.data.path!r}, so the run would "
+                         "learn from its own logs; name another")
     progress = Progress(out)
     with held(run):
         found = open_run(run, config, resume, progress.say)
@@ -96,7 +100,7 @@ class Trainer:
             raise ValueError(f"model.vocab_size = {vocab_size} is less than the tokenizer's "
                              f"{self.tokenizer.vocab_size}; leave it out, or make it at least that")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-        self.config, self.micro_batch = config, config.train.batch_size
+        self.config, self.micro_batch = config, state.micro_batch or config.train.batch_size
         self.objective = make_objective(config, self.tokenizer)
         self.dealer = Dealer(self.dataset.train, config.model.context_length, extra=self.objective.extra,
                              order=config.data.order, seed=config.train.seed)
@@ -111,19 +115,18 @@ class Trainer:
             if found.state["made_with"] != self.made_with:
                 say(f"note: saved with {found.state['made_with']}, going on with {self.made_with}; the last bits may "
                     "differ")
-            if state.step >= config.train.max_steps and not state.owed:
-                state.owed = {"step": state.step, "tokens": self.tokens}
         write_durably(run / "config.json", config.to_json().encode())
         self.tokenizer.save(run / "tokenizer")
         self.metrics, self.texts = JsonLines(run / "metrics.jsonl"), JsonLines(run / "samples.jsonl")
         for log in (self.metrics, self.texts):
-            log.cut_back(state.step)
+            log.cut_back(state.step - bool(state.owed))     # what is owed is logged when it has been made up for
+        if state.step >= config.train.max_steps and not state.owed:
+            state.owed = {"step": state.step, "tokens": self.tokens}
         self.flops, self.peak = self.model.flops_per_token(), peak_flops(self.device)
         self.stop = StopFlag()
         self.troubles = {}                              # {what could not be written: why}, until it could
         self.batch = (0, 0)                             # step number and first row of the batch last drawn
         self.avoided = []                               # where the rows passed over since the last record came from
-        self.tries, self.furthest = 0, 0                # rollbacks that did not get beyond the furthest such step
         say(f"{self.dataset.name}: {len(self.dataset.train):,} tokens of {self.dataset.train.num_bytes:,} bytes to "
             f"train on, {len(self.dataset.val):,} held out; {self.model.num_parameters / 1e6:.2f}M parameters; "
             f"{self.device}, {self.dtype_name}")
@@ -228,7 +231,7 @@ class Trainer:
             except torch.OutOfMemoryError:
                 if self.micro_batch == 1:
                     raise
-            self.micro_batch = (self.micro_batch + 1) // 2
+            self.micro_batch = self.state.micro_batch = (self.micro_batch + 1) // 2
             set_random_state(random)
             torch.cuda.empty_cache()
         if self.micro_batch < wanted:
@@ -324,19 +327,21 @@ class Trainer:
         """
         before, (step, first) = self.state, self.batch
         self.progress.say(f"step {step}: {problem}; its batch began at {self.place()}")
-        self.tries = self.tries + 1 if step <= self.furthest else 1
-        self.furthest = max(step, self.furthest)
+        tries, furthest = before.tries + 1 if step <= before.furthest else 1, max(step, before.furthest)
         found = checkpoint.newest(self.run, self.progress.say)
-        if self.tries > self.config.train.max_bad_steps or not found and not isinstance(problem, Spike):
+        if tries > self.config.train.max_bad_steps or not found and not isinstance(problem, Spike):
             raise ValueError(f"step {step}: {problem}, and {'going back did not mend it' if found else NO_CHECKPOINT}; "
                              f"{ADVICE}")
         if found:
             self.state, self.avoided = LoopState.of(found), []
+            self.state.micro_batch = before.micro_batch
+            checkpoint.set_aside(self.run, found)
             restore(found, self.model, self.optimizers, self.scaler)
             for log in (self.metrics, self.texts):
                 self.attempt("a log", lambda log=log: log.cut_back(self.state.step))
         self.state.rollbacks = before.rollbacks + 1
         self.state.avoided = sorted({*before.avoided, first})
+        self.state.tries, self.state.furthest = tries, furthest
         self.begin_window()
         self.progress.say(f"going on from step {self.state.step}, without that batch")
 

@@ -108,6 +108,8 @@ def _run(run: Path) -> Iterator[Finding]:
             if in_use and not path.exists():
                 statuses.add("pruned")
                 continue
+            if finding.status == "unfinished" and "ok" not in statuses:
+                finding = Finding(finding.path, "damaged", f"{checkpoint.MANIFEST} is missing")
             statuses.add(finding.status)
             yield finding
         cut_off = run / "checkpoints" / checkpoint.UNFINISHED

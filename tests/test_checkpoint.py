@@ -98,7 +98,8 @@ def test_a_manifest_of_another_kind_is_refused(run, content):
     assert minigpt.load(run).path.name == "step-00000002"
 
 
-@pytest.mark.parametrize("outside", ["../../../secret", "/etc/passwd", "tokenizer/../../step-00000002/state.json"])
+@pytest.mark.parametrize("outside", ["../../../secret", "/etc/passwd", "tokenizer/../../step-00000002/state.json",
+                                     "tokenizer/..", "..", ".", "a/b/c", "", "\x1b[2J", "x" * 300, "a\0", ".hidden"])
 def test_a_manifest_that_points_outside_is_refused(run, outside):
     forge(newest(run), {outside: {"bytes": 1, "sha256": ""}})
     with pytest.raises(ValueError, match="outside the checkpoint"):
@@ -140,7 +141,8 @@ def test_a_link_to_a_run_or_a_checkpoint_may_be_named(run, tmp_path):
 def test_a_file_that_the_manifest_does_not_list_is_refused(run, name):
     (newest(run) / name).parent.mkdir(exist_ok=True)
     (newest(run) / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match=f"{name}: not listed in manifest.json; remove it"):
+    listed = name.replace("more/pytorch_model.bin", "more")
+    with pytest.raises(ValueError, match=f"{listed}: not listed in manifest.json; remove it"):
         minigpt.load(newest(run))
 
 
@@ -187,7 +189,7 @@ HEADERS = {
 def test_a_hostile_safetensors_header_is_refused(run, name):
     (newest(run) / "model.safetensors").write_bytes(HEADERS[name])
     forge(newest(run))
-    with pytest.raises(ValueError, match="model.safetensors: (not a safetensors file|.* missing)"):
+    with pytest.raises(ValueError, match="model.safetensors(: not a safetensors file|.* missing| has 0 tensors)"):
         minigpt.load(newest(run))
 
 
@@ -201,8 +203,97 @@ def test_a_config_that_claims_a_huge_model_takes_no_memory(run):
         minigpt.load(newest(run))
 
 
+@pytest.mark.parametrize("entry", [{"bytes": float("inf"), "sha256": ""}, {"bytes": None, "sha256": 3}, {}, 3, None,
+                                   {"bytes": -1, "sha256": ""}, {"bytes": 10**400, "sha256": []}])
+def test_an_entry_of_a_manifest_that_says_nothing_is_refused(run, entry):
+    forge(newest(run), {"state.json": entry})
+    with pytest.raises(ValueError, match="manifest.json: not a manifest|state.json: damaged"):
+        minigpt.load(newest(run))
+
+
+def test_a_manifest_of_gigabytes_is_not_read(run):
+    with open(newest(run) / "manifest.json", "r+b") as file:
+        file.truncate(6 << 30)
+    with pytest.raises(ValueError, match="manifest.json: damaged, 6442450944 bytes are more than it can have"):
+        minigpt.load(newest(run))
+
+
+def test_folders_that_nobody_listed_are_not_walked(run):
+    """Of 1500 in one another the walk ended in a RecursionError."""
+    path = newest(run) / "tokenizer"
+    for _ in range(1500):
+        path = path / "a"
+        os.mkdir(path) if len(str(path)) < 4000 else None
+    with pytest.raises(ValueError, match="tokenizer/a: not listed"):
+        minigpt.load(newest(run))
+
+
+def test_a_config_of_more_layers_than_there_are_tensors_is_refused_at_once(run):
+    """It took 40 seconds to make the layers."""
+    config = json.loads((newest(run) / "config.json").read_text())
+    config["model"]["depth"] = 10_000
+    (newest(run) / "config.json").write_text(json.dumps(config))
+    forge(newest(run))
+    with pytest.raises(ValueError, match="config.json: model.depth = 10000, but model.safetensors has"):
+        minigpt.load(newest(run))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(run, monkeypatch, capsys):
+    """A bad sector ended the command, with no word of the file."""
+    whole = checkpoint.sha256_of
+
+    def fails(path):
+        if "step-00000004/model" in str(path):
+            raise OSError(5, "Input/output error", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", fails)
+    assert minigpt.load(run).path.name == "step-00000002"
+    assert "Input/output error" in (error := capsys.readouterr().err) and "step-00000004/model.safetensors" in error
+
+
+def test_a_directory_in_the_place_of_a_manifest_is_replaced(run):
+    opened = minigpt.load(run / "checkpoints/step-00000002")
+    (newest(run) / "manifest.json").unlink()
+    (newest(run) / "manifest.json").mkdir()
+    with pytest.raises(ValueError, match="manifest.json: not a file"):
+        checkpoint.verify(newest(run))
+    save_again(run, 4, opened)
+    assert minigpt.load(run).path.name == "step-00000004"
+
+
+def test_a_checkpoint_is_as_readable_as_other_files(run):
+    """Its weights could be read by nobody else."""
+    assert len({(newest(run) / name).stat().st_mode for name in checkpoint.REQUIRED}) == 1
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_run_without_any_manifest_is_not_begun_anew(run, text_file, kept):
+    for path in checkpoint.in_run(run)[kept:]:
+        (path / "manifest.json").unlink()
+    config = tiny_config(run.parent, text_file, "--train.max_steps=6")
+    if kept:
+        training.train(config, resume=True)
+        assert checkpoint.find(run).path.name == "step-00000006"
+        return
+    with pytest.raises(ValueError, match="has only damaged checkpoints"):
+        training.train(config, resume=True)
+    assert len(checkpoint.in_run(run)) == 2
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tokenizer/tokenizer.model", ".config.json.unfinished"])
+def test_a_pipe_in_a_run_is_refused(run, text_file, name):
+    """Resuming waited for it for ever."""
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    with pytest.raises(ValueError, match=f"{name}: neither a file nor a directory; remove it"):
+        training.train(tiny_config(run.parent, text_file, "--train.max_steps=6"), resume=True)
+
+
 STATES = ["[]", "3", "{}", '{"loop": {}}', '{"loop": {"step": "four"}}', '{"loop": {"unknown": 1}}',
-          '{"loop": {"step": 4, "rows": -3}}', '{"loop": {"step": 4, "rows": 16, "best_loss": null}}']
+          '{"loop": {"step": 4, "rows": -3}}', '{"loop": {"step": 1e300}}', '{"loop": {"owed": {"a": 1}}}',
+          '{"loop": {"owed": {"step": 4, "train_loss": [1]}}}', '{"loop": {"evaluated": {"val_loss": "x"}}}',
+          '{"loop": {"step": 4, "rows": 16, "best_loss": null}}']
 
 
 @pytest.mark.parametrize("content", STATES)
@@ -250,9 +341,11 @@ def test_optimizer_state_of_another_model_is_refused(run, change, problem):
 
 
 def test_without_a_manifest_it_is_no_checkpoint(run, capsys):
+    """A run without any manifest was begun anew in silence."""
     (newest(run) / "manifest.json").unlink()
     assert minigpt.load(run).path.name == "step-00000002"
-    assert capsys.readouterr().err == ""
+    assert "step-00000004: no checkpoint, manifest.json is missing; the checkpoint before it is used" in (
+        capsys.readouterr().err)
     with pytest.raises(ValueError, match="holds no valid checkpoint"):
         minigpt.load(newest(run))
 

@@ -2,13 +2,16 @@
 a clock that jumps. The run says what happened, and what it had is not lost."""
 
 import ctypes
+import fcntl
 import itertools
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -154,6 +157,38 @@ def test_a_second_signal_stops_at_once_without_harm(started):
     assert checkpoint.find(running.run).state["loop"]["step"] >= 1
     again = started(*options, "--resume")
     wait_for(lambda: again.said("going on from"))
+
+
+@pytest.mark.serial
+def test_a_terminal_that_is_closed_ends_the_training_saved(tmp_path, text_file):
+    """The line that is printed for a signal could not be, and ended the run without a checkpoint."""
+    leader, follower = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *train_arguments(tmp_path, text_file, *LONG)], stdin=follower,
+        stdout=follower, stderr=follower, env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(follower)
+    reader = threading.Thread(target=lambda: os.read(leader, 1 << 20), daemon=True)
+    reader.start()
+    metrics = tmp_path / "run/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 500)
+    reader.join()
+    os.close(leader)
+    assert child.wait(timeout=60) == 128 + signal.SIGHUP
+    step = checkpoint.find(tmp_path / "run").state["loop"]["step"]
+    assert json.loads(metrics.read_text("utf-8").splitlines()[-1])["step"] == step
+
+
+@pytest.mark.serial
+def test_a_signal_that_was_to_be_ignored_is_ignored(started):
+    """`nohup` did not keep SIGHUP from ending the run."""
+    running = started(preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN)
+                                          for number in (signal.SIGHUP, signal.SIGINT)])
+    running.wait_for_checkpoint()
+    running.child.send_signal(signal.SIGHUP)
+    running.child.send_signal(signal.SIGINT)
+    running.wait_for_checkpoint()
+    assert running.ends(signal.SIGTERM)[0] == 128 + signal.SIGTERM
 
 
 @pytest.mark.serial

@@ -227,6 +227,17 @@ def test_too_little_memory_halves_the_micro_batch_to_the_same_result(tmp_path, t
         7 * accumulation * 32 * step for step in range(1, 13)]
 
 
+def test_a_halved_micro_batch_is_kept_by_a_resumed_run(tmp_path, text_file, monkeypatch):
+    """It went back to whole ones, and so to other last bits."""
+    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Small)
+    monkeypatch.setattr(Small, "sizes", [])
+    run_lines(tiny_config(tmp_path, text_file))
+    monkeypatch.setattr(Small, "room", 100)
+    monkeypatch.setattr(Small, "sizes", [])
+    _, lines = run_lines(tiny_config(tmp_path, text_file, "--train.max_steps=14"), resume=True)
+    assert max(Small.sizes) == 2 and not any("memory" in line for line in lines)
+
+
 def test_memory_too_small_for_one_row_is_an_error(tmp_path, text_file, monkeypatch):
     monkeypatch.setitem(objectives.OBJECTIVES, "causal", Small)
     monkeypatch.setattr(Small, "room", 0)

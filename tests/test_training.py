@@ -248,16 +248,16 @@ def test_a_run_that_another_process_holds_is_refused(tmp_path, text_file):
 
 
 def test_a_damaged_checkpoint_crowds_out_none_that_is_whole(tmp_path, text_file):
-    """A damaged newest checkpoint counted as the newest kept one, and every whole one was deleted as it was made."""
+    """A damaged newest checkpoint counted as one of those to keep, and whole ones were deleted in its place."""
     run_lines(tiny_config(tmp_path, text_file))
     damaged = tmp_path / "run/checkpoints/step-00000012/model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     copy = tmp_path / "run/checkpoints/step-backup"
     copy.mkdir()
-    run_lines(tiny_config(tmp_path, text_file, "--train.max_steps=11", "--train.eval_every=11", "--train.keep_last=1",
-                          "--train.checkpoint_every=1", "--train.keep_best=false"), resume=True)
-    assert saved_steps(tmp_path / "run") == [11, 12] and copy.is_dir()
-    assert checkpoint.find(tmp_path / "run").path.name == "step-00000011"
+    run_lines(tiny_config(tmp_path, text_file, "--train.max_steps=14", "--train.eval_every=14",
+                          "--train.checkpoint_every=4", "--train.keep_best=false"), resume=True)
+    assert saved_steps(tmp_path / "run") == [12, 14] and copy.is_dir()
+    assert (tmp_path / "run/checkpoints/step-00000012.damaged").is_dir()
 
 
 def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path, text_file, monkeypatch):
@@ -284,6 +284,47 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path, text_file, 
     assert records == wanted
     again, lines = run_lines(config, resume=True)
     assert again == closing and "is finished" in lines[0]
+
+
+def test_an_evaluation_that_was_made_up_for_is_logged_once(tmp_path, text_file, monkeypatch):
+    """Killed after the evaluation that it owed and before the next checkpoint, the run logged it once more."""
+    options = ["--train.keep_best=false", "--train.checkpoint_every=5", '--train.sample_prompts=["A"]']
+    config = tiny_config(tmp_path, text_file, *options)
+
+    def interrupt(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise training.Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", interrupt)
+        with pytest.raises(training.Interrupted):
+            run_lines(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "step", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_lines(config, resume=True)
+    assert metrics_of(config)[-1]["step"] == 6
+    run_lines(config, resume=True)
+    assert [record["step"] for record in metrics_of(config)] == list(range(1, 13))
+    samples = (tmp_path / "run/samples.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in samples] == [6, 12]
+
+
+def test_a_run_within_its_own_text_is_refused(tmp_path, text_file):
+    """Its logs were training text, which changed, and it could not be resumed."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text(text_file.read_text())
+    with pytest.raises(ValueError, match="lies in data.path"):
+        run_lines(tiny_config(tmp_path, texts, f"--train.run_dir={texts / 'runs/one'}"))
+    assert not (texts / "runs").exists()
+
+
+def test_a_lost_config_is_restored(tmp_path, text_file):
+    run_lines(tiny_config(tmp_path, text_file))
+    (tmp_path / "run/config.json").unlink()
+    run_lines(tiny_config(tmp_path, text_file, "--train.max_steps=13"), resume=True)
+    assert (tmp_path / "run/config.json").exists() and saved_steps(tmp_path / "run")[-1] == 13
 
 
 def test_a_run_that_is_cut_short_is_evaluated_where_it_ends(tmp_path, text_file):

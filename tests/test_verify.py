@@ -143,15 +143,22 @@ def test_a_last_line_that_a_kill_cut_off_is_no_damage(run, verify):
 
 
 def test_a_save_that_was_cut_off_is_no_damage(run, verify):
-    (run / "checkpoints/step-00000004/manifest.json").unlink()
+    (run / "checkpoints/step-00000002/manifest.json").unlink()
     shutil.copytree(run / "checkpoints/step-00000002", run / "checkpoints/.unfinished")
     code, findings = verify(run)
-    cut_off = {"checkpoints/step-00000004", "checkpoints/.unfinished"}
+    cut_off = {"checkpoints/step-00000002", "checkpoints/.unfinished"}
     assert code == 0
     assert statuses(findings) == {name: "unfinished" if name in cut_off else "ok" for name in WHOLE_RUN | cut_off}
     for name in cut_off:
         code, findings = verify(run / name)
         assert code == 0 and statuses(findings) == {"": "unfinished"}
+
+
+def test_a_manifest_that_is_gone_from_the_newest_checkpoint_is_damage(run, verify):
+    """Only a removal, which takes older ones, leaves a checkpoint without; it was called unfinished."""
+    (run / "checkpoints/step-00000004/manifest.json").unlink()
+    code, findings = verify(run)
+    assert code == 1 and findings["checkpoints/step-00000004"] == ("damaged", "manifest.json is missing")
 
 
 def test_a_run_with_only_damaged_checkpoints_says_so(run, verify):
