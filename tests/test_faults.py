@@ -135,9 +135,9 @@ def test_a_directory_that_becomes_read_only_costs_nothing(started):
 @pytest.mark.serial
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_a_step_of_many_micro_batches_is_answered_within_that_step_and_five_seconds(started, number):
-    running = started("--train.accumulation_steps=100")
+    running = started("--train.accumulation_steps=50")
     wait_for(lambda: (running.run / "metrics.jsonl").exists() and len(running.records()) > 1)
-    step_seconds = 100 * 4 * 32 / json.loads((running.run / "metrics.jsonl").read_text().splitlines()[1])[
+    step_seconds = 50 * 4 * 32 / json.loads((running.run / "metrics.jsonl").read_text().splitlines()[1])[
         "tokens_per_second"]
     began = time.monotonic()
     code, error = running.ends(number)
@@ -147,7 +147,7 @@ def test_a_signal_in_a_step_of_many_micro_batches_is_answered_within_that_step_a
 
 @pytest.mark.serial
 def test_a_second_signal_stops_at_once_without_harm(started):
-    options = ["--train.accumulation_steps=300", "--train.checkpoint_every=1"]
+    options = ["--train.accumulation_steps=100", "--train.checkpoint_every=1"]
     running = started(*options)
     running.wait_for_checkpoint()
     running.child.send_signal(signal.SIGTERM)
