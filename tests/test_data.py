@@ -8,7 +8,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import make_text
+from tiny import make_text
 
 from minigpt import data, shards
 from minigpt.config import DataConfig, TokenizerConfig

@@ -10,10 +10,11 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 CORE = ["torch", "triton", "numpy", "sentencepiece", "safetensors"]
+TRITON_MODULES = {("kernels", name) for name in ("attention", "common", "layer_norm", "lint", "norm", "rms_norm")}
+"""Those that load Triton; nothing imports them before a Triton kernel is picked."""
 MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
                  for package in ("minigpt", "kernels") for path in (ROOT / package).rglob("*.py")
-                 if path.name != "__main__.py" and "\nimport triton\n" not in path.read_text("utf-8"))
-"""All but those that hold Triton kernels, which nothing imports before such a kernel is picked."""
+                 if path.name != "__main__.py" and (path.parent.name, path.stem) not in TRITON_MODULES)
 
 BLOCKER = """
 import sys

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import tokenizers
-from conftest import make_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_text
 
 from minigpt.corpus import list_documents
 from minigpt.tokenizer import FIRST_BYTE, MAX_ENCODE_CHARS, MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_text
-from tiny import tiny_config
+from tiny import make_text, tiny_config
 
 from minigpt import checkpoint, engine, training
 from minigpt.optim import schedule

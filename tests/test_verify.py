@@ -8,8 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import make_text
-from tiny import tiny_config
+from tiny import make_text, tiny_config
 
 from minigpt import checkpoint, cli, training
 from minigpt import verify as verifying
