@@ -24,9 +24,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORWARD = {64: (64, 4), 128: (32, 4), 256: (16, 4), 512: (8, 4), 1024: (4, 4), 2048: (2, 4), 4096: (1, 4),
            8192: (1, 8), 16384: (1, 16)}
 """{largest width: (rows at a time, warps)} with a whole row in registers, 32 numbers a thread."""
-FORWARD_WIDE = (8192, 16)
+FORWARD_WIDE = (4096, 8)
 """(columns at a time, warps) for wider rows, which are read twice, the second time from L2."""
-BACKWARD = {64: (64, 8), 128: (32, 8), 256: (16, 8), 512: (8, 8), 1024: (4, 8), 2048: (2, 8), 4096: (1, 8),
+BACKWARD = {64: (64, 8), 128: (32, 8), 256: (16, 8), 512: (8, 8), 1024: (4, 8), 2048: (1, 4), 4096: (1, 8),
             8192: (1, 16)}
 """As FORWARD, 16 numbers a thread: beside the row, the sums of two gradients stay in registers."""
 BACKWARD_WIDE = (1024, 4, 8)
@@ -34,9 +34,9 @@ BACKWARD_WIDE = (1024, 4, 8)
 PARTIALS, PARTIALS_WIDE = (64, 32), (8, 512)
 """(rows at a time, columns of a program) of the partial sums, of which wide rows have few."""
 THREADS_PER_SM = 512
-"""Of the persistent programs of a backward pass: two with 8 warps, one with 16."""
+"""Of the persistent programs of a backward pass: four with 4 warps, two with 8, one with 16."""
 REGISTERS = 65536 // THREADS_PER_SM
-"""That each of those threads may have: ptxas would rather spill, for a third program that never comes."""
+"""That each of those threads may have: ptxas would rather spill, for another program that never comes."""
 
 
 @triton.jit
