@@ -302,7 +302,8 @@ def find(path: str | Path) -> Checkpoint:
 
 
 def prune(run: Path, step: int, keep_last: int, best_step: int | None) -> None:
-    """Of the checkpoints up to `step` delete all but the newest `keep_last` and the best one."""
+    """Of the checkpoints up to `step` delete all but the newest `keep_last` and the best one, and an unfinished one."""
+    delete(run / "checkpoints" / UNFINISHED)
     until = [path for path in in_run(run) if step_of(path) <= step]
     kept = [path for path in until if not is_replaced(path)]
     kept = kept[:keep_last] + [path for path in kept if step_of(path) == best_step]

@@ -60,6 +60,10 @@ class LoopState:
         last = self.step >= config.train.max_steps or self.stopped_early(config)
         return last and not self.owed and self.evaluated_step == self.step
 
+    def prune(self, run: Path, config: Config) -> None:
+        """Delete the checkpoints that are no longer kept."""
+        checkpoint.prune(run, self.step, config.train.keep_last, self.best_step if config.train.keep_best else None)
+
     def stopped_early(self, config: Config) -> bool:
         return 0 < config.train.early_stopping <= self.worse_evaluations
 

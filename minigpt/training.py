@@ -66,6 +66,8 @@ def train(config: Config, *, resume: bool = False, out=None) -> str:
     with held(run):
         found = open_run(run, config, resume, progress.say)
         state = LoopState.of(found)
+        if found:
+            state.prune(run, config)                    # a kill may have come between a save and that
         if state.is_done(config):
             more = "train.early_stopping" if state.stopped_early(config) else "train.max_steps"
             progress.say(f"{run} is finished: step {state.step}; a larger {more} goes on")
@@ -301,8 +303,7 @@ class Trainer:
                             state=state, config=self.config, tokenizer=self.tokenizer)
         except checkpoint.NotFinite as problem:
             raise Unsound(f"{problem}") from None
-        best_step = self.state.best_step if self.config.train.keep_best else None
-        checkpoint.prune(self.run, self.state.step, self.config.train.keep_last, best_step)
+        self.state.prune(self.run, self.config)
 
     def attempt(self, what: str, write) -> None:
         """Write something; where the disk refuses, say so and go on: it is tried again, and in the end it counts."""

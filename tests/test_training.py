@@ -156,6 +156,14 @@ def test_a_run_is_not_written_over(tmp_path, text_file):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+def test_what_a_kill_left_of_a_finished_run_goes(tmp_path, text_file):
+    """Killed after its last save, before older checkpoints were deleted, a run kept them for ever."""
+    run_lines(tiny_config(tmp_path, text_file, "--train.keep_last=3"))
+    (tmp_path / "run/checkpoints/.unfinished").mkdir()
+    _, lines = run_lines(tiny_config(tmp_path, text_file, "--train.keep_last=1"), resume=True)
+    assert "is finished" in lines[0] and os.listdir(tmp_path / "run/checkpoints") == ["step-00000012"]
+
+
 def test_a_foreign_directory_is_refused(tmp_path, text_file):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
