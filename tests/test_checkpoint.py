@@ -220,10 +220,7 @@ def test_a_manifest_of_gigabytes_is_not_read(run):
 
 def test_folders_that_nobody_listed_are_not_walked(run):
     """Of 1500 in one another the walk ended in a RecursionError."""
-    path = newest(run) / "tokenizer"
-    for _ in range(1500):
-        path = path / "a"
-        os.mkdir(path) if len(str(path)) < 4000 else None
+    (newest(run) / "tokenizer" / "/".join("a" * 50)).mkdir(parents=True)
     with pytest.raises(ValueError, match="tokenizer/a: not listed"):
         minigpt.load(newest(run))
 

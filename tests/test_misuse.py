@@ -132,7 +132,7 @@ SETTINGS = [
     ("--train.device=meta", "device 'meta' cannot be used: ...; take auto, cpu or"),
     ("--train.device=hpu", "device 'hpu' cannot be used: ...; take auto, cpu or"),
     ("--train.device=cuda:99", "device 'cuda:99' cannot be used: ...; take auto, cpu or"),
-    ("--train.kernels=triton", "kernels = triton: no Triton kernel...; take auto or reference"),
+    ("--train.kernels=triton", "kernels = triton: ...; take auto or reference"),
     ("--data.path=", "path is empty; name a file or folder of text"),
     ("--data.path=none", "data.path = 'none': no such file or folder; name a file or folder of UTF-8 text"),
     ("--data.path=~nobody-here/x", "data.path = '~nobody-here/x': no such file or folder; name"),
