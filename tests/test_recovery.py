@@ -38,12 +38,16 @@ class Broken(objectives.CausalLM):
         return {part: loss * factor for part, loss in losses.items()}
 
 
+def break_steps(monkeypatch, kind, bad):
+    """From here on the causal objective is broken in the steps of `bad`."""
+    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Broken)
+    for name, value in (("kind", kind), ("calls", 0), ("bad", bad)):
+        monkeypatch.setattr(Broken, name, value)
+
+
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_a_number_that_is_not_finite_never_reaches_the_weights(tmp_path, text_file, monkeypatch, kind):
-    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Broken)
-    monkeypatch.setattr(Broken, "kind", kind)
-    monkeypatch.setattr(Broken, "calls", 0)
-    monkeypatch.setattr(Broken, "bad", {3, 4})
+    break_steps(monkeypatch, kind, {3, 4})
     config = tiny_config(tmp_path, text_file)
     closing, _ = run_lines(config)
     records = metrics_of(config)
@@ -54,10 +58,7 @@ def test_a_number_that_is_not_finite_never_reaches_the_weights(tmp_path, text_fi
 
 
 def test_a_run_stops_with_advice_after_several_bad_steps(tmp_path, text_file, monkeypatch):
-    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Broken)
-    monkeypatch.setattr(Broken, "kind", "loss")
-    monkeypatch.setattr(Broken, "calls", 0)
-    monkeypatch.setattr(Broken, "bad", set(range(5, 100)))
+    break_steps(monkeypatch, "loss", set(range(5, 100)))
     config = tiny_config(tmp_path, text_file, "--train.max_bad_steps=3")
     with pytest.raises(ValueError, match=r"3 steps in a row .* Lower optim.learning_rate"):
         run_lines(config)
@@ -67,10 +68,7 @@ def test_a_run_stops_with_advice_after_several_bad_steps(tmp_path, text_file, mo
 
 
 def test_the_batch_of_a_skipped_step_is_named_and_counted(tmp_path, text_file, monkeypatch):
-    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Broken)
-    monkeypatch.setattr(Broken, "kind", "loss")
-    monkeypatch.setattr(Broken, "calls", 0)
-    monkeypatch.setattr(Broken, "bad", {3})
+    break_steps(monkeypatch, "loss", {3})
     config = tiny_config(tmp_path, text_file, "--train.log_every=5")
     _, lines = run_lines(config)
     line, = [line for line in lines if "skipped" in line]
