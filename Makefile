@@ -1,6 +1,7 @@
 # make quickstart   install, train a GPT on Python's own library, print samples
 # make test         install, check the style, run all tests; needs no GPU and, once installed, no network
 # make lint-kernels TRITON=3.6.0   compile every kernel under that release of Triton and read the machine code
+# make gpu-check OUT=results PEER=liger=FOLDER   on a GPU, with PYTHON as it is: check the kernels, then measure them
 # PYTHON=python3.12 picks the interpreter of .venv
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := .venv/.installed
 TESTS_INSTALLED := .venv/.tests-installed
 
-.PHONY: quickstart test lint lint-kernels clean
+.PHONY: quickstart test lint lint-kernels gpu-check clean
 
 quickstart: $(INSTALLED)
 	@$(BIN)/python train.py configs/quickstart.toml --resume
@@ -46,6 +47,12 @@ $(INSTALLED): setup.py constraints.txt
 $(TESTS_INSTALLED): $(INSTALLED)
 	$(PIP) --editable ".[test,dev]"
 	@touch $@
+
+OUT ?= benchmarks/results/
+PEER ?=
+
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(addprefix --peer ,$(PEER))
 
 clean:
 	rm -rf .venv runs build *.egg-info

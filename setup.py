@@ -9,7 +9,7 @@ EXTRAS = {
     "ui": ["rich"],
     "viz": ["matplotlib"],
     "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "transformers>=5,<6", "tokenizers",
-             "tiktoken", "peft", "sacrebleu", "rouge-score", "scikit-learn"],
+             "tiktoken", "peft", "sacrebleu", "rouge-score", "scikit-learn", "matplotlib"],
     "dev": ["ruff"],
 }
 

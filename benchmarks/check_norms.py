@@ -1,0 +1,44 @@
+"""Checks of the norms: their error against float64 is at most twice that of the PyTorch reference in the same dtype."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+import kernels
+from benchmarks import precision
+from kernels import reference
+
+EPS = 1e-5
+PARAMETERS = {"layer_norm": 2, "rms_norm": 1}
+WIDTHS = {"cuda": (256, 768, 770, 1024, 4096, 8192, 16384, 65536), "cpu": (24, 100)}
+NUMBERS = {"cuda": 1 << 22, "cpu": 900}
+"""In a tensor, about."""
+
+
+def cases(op: str, dtype: str, device: str) -> dict:
+    """Every width with a residual, and some without."""
+    found = {}
+    for width in WIDTHS[device]:
+        shape = (max(8, NUMBERS[device] // width), width)
+        given = functools.partial(check, op, getattr(torch, dtype), shape)
+        found[f"width {width}, residual"] = functools.partial(given, residual=True)
+        if width in (24, 768, 65536):
+            found[f"width {width}"] = functools.partial(given, residual=False)
+    return found
+
+
+def check(op, dtype, shape, residual):
+    def on(module):
+        def norm(x, *others):
+            *parameters, total = others if residual else (*others, None)
+            return getattr(module, op)(x, *parameters, EPS, total)
+        return norm
+
+    inputs = [torch.randn(shape), *(torch.rand(shape[1]) + 0.5 for _ in range(PARAMETERS[op]))]
+    inputs += [torch.randn(shape)] * residual
+    precision.check(on(kernels), on(reference), [x.to(dtype) for x in inputs])
+
+
+CHECKS = {f"{op}-{dtype}": functools.partial(cases, op, dtype) for op in PARAMETERS for dtype in precision.DTYPES}
