@@ -21,7 +21,7 @@ def heads(dtype: str, device: str) -> dict:
     cases = {f"head size {D}": dict(D=D, T=T, causal=True) for D in sizes}
     cases |= {f"head size {D}, tiles fit, {mask}": dict(B=1, H=16, D=D, T=T // 64 * 128 or 32, causal=mask == "causal")
               for D in (sizes[0], sizes[-2]) for mask in ("causal", "full")}
-    return both_backwards(dtype, cases)
+    return both_backwards(dtype, device, cases)
 
 
 def masks(dtype: str, device: str) -> dict:
@@ -36,7 +36,7 @@ def masks(dtype: str, device: str) -> dict:
         "dropout": dict(causal=True, dropout_p=0.2),
         "dropout, full": dict(causal=False, dropout_p=0.5),
     }
-    return both_backwards(dtype, {name: dict(T=T, D=D) | options for name, options in cases.items()})
+    return both_backwards(dtype, device, {name: dict(T=T, D=D) | options for name, options in cases.items()})
 
 
 def shapes(dtype: str, device: str) -> dict:
@@ -51,23 +51,23 @@ def shapes(dtype: str, device: str) -> dict:
         "views of one projection, one key-value head": dict(T=T, H_kv=1, fused=True),
         "long": dict(B=1, H=2, T=4 * T),
     }
-    return both_backwards(dtype, {name: dict(D=D, causal=True) | options for name, options in cases.items()})
+    return both_backwards(dtype, device, {name: dict(D=D, causal=True) | options for name, options in cases.items()})
 
 
-def both_backwards(dtype, cases):
-    return {f"{name}, {way}": functools.partial(check, getattr(torch, dtype), way == "two passes", **options)
+def both_backwards(dtype, device, cases):
+    return {f"{name}, {way}": functools.partial(check, getattr(torch, dtype), device, way == "two passes", **options)
             for name, options in cases.items() for way in ("two passes", "one pass")}
 
 
-def check(dtype, deterministic, *, T, D, causal, S=None, B=2, H=4, H_kv=None, fused=False, documents=False,
+def check(dtype, device, deterministic, *, T, D, causal, S=None, B=2, H=4, H_kv=None, fused=False, documents=False,
           dropout_p=0.0, **options):
-    """The op, in its dtype and on the default device, against the formula."""
+    """The op against the formula."""
     S, H_kv = S or T, H_kv or H
     if documents:
-        options["document_ids"] = torch.randint(0, 7, (B, T)).sort(-1).values
+        options["document_ids"] = torch.randint(0, 7, (B, T), device=device).sort(-1).values
     exact = dict(causal=causal, **options)
     if dropout_p:
-        exact |= dict(dropout_p=dropout_p, kept=kept_weights(B, T, S, H, dtype, dropout_p))
+        exact |= dict(dropout_p=dropout_p, kept=kept_weights(B, T, S, H, dtype, device, dropout_p))
         options |= dict(dropout_p=dropout_p, seed=1)
 
     def qkv(tensors):
@@ -80,16 +80,16 @@ def check(dtype, deterministic, *, T, D, causal, S=None, B=2, H=4, H_kv=None, fu
         return formula.attention(*qkv(tensors), **exact)
 
     shapes = [(B, T, (H + 2 * H_kv) * D)] if fused else [(B, T, H, D), (B, S, H_kv, D), (B, S, H_kv, D)]
-    precision.check(op, plain, [torch.randn(shape).to(dtype) for shape in shapes])
+    precision.check(op, plain, [torch.randn(shape, device=device).to(dtype) for shape in shapes])
 
 
-def kept_weights(B, T, S, H, dtype, dropout_p):
+def kept_weights(B, T, S, H, dtype, device, dropout_p):
     """(B, H, T, S): which weights dropout keeps: with rows of the identity for values, each comes out by itself."""
     parts = []
     for first in range(0, S, MOST_COLUMNS):
         columns = min(MOST_COLUMNS, S - first)
-        zeros = torch.zeros(1, 1, 1, columns, dtype=dtype)
-        v = torch.eye(S, dtype=dtype)[:, first:first + columns].contiguous()
+        zeros = torch.zeros(1, 1, 1, columns, dtype=dtype, device=device)
+        v = torch.eye(S, dtype=dtype, device=device)[:, first:first + columns].contiguous()
         q, k, v = zeros.expand(B, T, H, -1), zeros.expand(B, S, H, -1), v[None, :, None].expand(B, S, H, -1)
         y = kernels.attention(q, k, v, causal=False, dropout_p=dropout_p, seed=1)
         parts.append(y.transpose(1, 2) != 0)

@@ -20,7 +20,7 @@ def descriptors(device: str) -> dict:
     def copy(made_by):
         from benchmarks import descriptors
 
-        x = torch.randn(200, 136).half()
+        x = torch.randn(200, 136, device=device).half()
         assert torch.equal(descriptors.copy(x, made_by), x), "the copy differs"
 
     return {f"made by the {place}": functools.partial(copy, place) for place in ("host", "device")}
@@ -34,8 +34,9 @@ def repeats(device: str) -> dict:
         return kernels.attention(*x.unflatten(-1, (-1, 64)).split([4, 2, 2], dim=2), **options)
 
     def twice(op, *shapes):
-        inputs = [torch.randn(shape).bfloat16() for shape in shapes]
-        outputs, gradients, incoming = run_op(op, inputs)
+        inputs = [torch.randn(shape, device=device).bfloat16() for shape in shapes]
+        with torch.device(device):                      # on which incoming gradients are drawn
+            outputs, gradients, incoming = run_op(op, inputs)
         again, gradients_again, _ = run_op(op, inputs, incoming)
         assert all(map(torch.equal, outputs + gradients, again + gradients_again)), "the bits differ"
 
@@ -60,23 +61,24 @@ def offsets(device: str) -> dict:
     def norm(op):
         width = 1024 if device == "cuda" else 64
         needs(device, 5 * 2 * huge)
-        last_alone(op, torch.randn(huge // width + 3, width, dtype=torch.bfloat16).split(width, dim=-1), 3)
+        last_alone(op, [torch.randn(huge // width + 3, width, dtype=torch.bfloat16, device=device)], 3)
 
     def attention(**options):
         T, H, D = (128, 16, 128) if device == "cuda" else (16, 2, 16)
         needs(device, 9 * 2 * huge)
-        fused = torch.randn(huge // (T * H * D) + 1, T, 3 * H, D, dtype=torch.bfloat16)
+        fused = torch.randn(huge // (T * H * D) + 1, T, 3 * H, D, dtype=torch.bfloat16, device=device)
         last_alone(functools.partial(kernels.attention, causal=True, **options), fused.split(H, dim=2), 1)
 
     def far_rows():
         T, H, D = (64, 2, 64) if device == "cuda" else (16, 1, 16)
         needs(device, 2 * 2 * huge)
         apart = huge // (T - 1)
-        buffer = torch.empty(apart * T, dtype=torch.bfloat16)
+        buffer = torch.empty(apart * T, dtype=torch.bfloat16, device=device)
         far = [buffer.as_strided((1, T, H, D), (1, apart, D, 1), part * H * D) for part in range(3)]
-        packed = [x.copy_(torch.randn(x.shape)).contiguous() for x in far]
+        packed = [x.normal_().contiguous() for x in far]
         op = functools.partial(kernels.attention, causal=True)
-        y, gradients, incoming = run_op(op, far)
+        with torch.device(device):
+            y, gradients, incoming = run_op(op, far)
         expected, expected_gradients, _ = run_op(op, packed, incoming)
         for number, pair in enumerate(zip(y + gradients, expected + expected_gradients)):
             assert_close(*pair, 0.02, f"tensor {number}")

@@ -31,8 +31,9 @@ def compiled(device: str) -> dict:
         torch._dynamo.reset()
         run = torch.compile(block, fullgraph=True)
         for T in lengths:
-            inputs = [torch.randn(shape) for shape in ((2, T, 32), (2, T, 32), (32,), (32,), (96, 32))]
-            expected, expected_gradients, incoming = run_op(block, inputs)
+            with torch.device(device):                  # which torch.compile cannot trace
+                inputs = [torch.randn(shape) for shape in ((2, T, 32), (2, T, 32), (32,), (32,), (96, 32))]
+                expected, expected_gradients, incoming = run_op(block, inputs)
             y, gradients, _ = run_op(run, inputs, incoming)
             for number, pair in enumerate(zip(y + gradients, expected + expected_gradients)):
                 assert_close(*pair, 1e-4, f"length {T}, tensor {number}")
@@ -65,7 +66,7 @@ def losses(device, norm, dtype):
     curve = []
     for _ in range(STEPS[device]):
         first, stride = torch.randint(0, V, (BATCH[device], 1)), torch.randint(1, 5, (BATCH[device], 1))
-        tokens = (first + stride * torch.arange(T + 1)) % V
+        tokens = ((first + stride * torch.arange(T + 1)) % V).to(device)            # (B, T + 1)
         with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
             loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()

@@ -22,23 +22,22 @@ def cases(op: str, dtype: str, device: str) -> dict:
     found = {}
     for width in WIDTHS[device]:
         shape = (max(8, NUMBERS[device] // width), width)
-        given = functools.partial(check, op, getattr(torch, dtype), shape)
+        given = functools.partial(check, op, getattr(torch, dtype), device, shape)
         found[f"width {width}, residual"] = functools.partial(given, residual=True)
         if width in (24, 768, 65536):
             found[f"width {width}"] = functools.partial(given, residual=False)
     return found
 
 
-def check(op, dtype, shape, residual):
+def check(op, dtype, device, shape, residual):
     def on(module):
         def norm(x, *others):
             *parameters, total = others if residual else (*others, None)
             return getattr(module, op)(x, *parameters, EPS, total)
         return norm
 
-    inputs = [torch.randn(shape), *(torch.rand(shape[1]) + 0.5 for _ in range(PARAMETERS[op]))]
-    inputs += [torch.randn(shape)] * residual
-    precision.check(on(kernels), on(reference), [x.to(dtype) for x in inputs])
+    shapes = [shape, *[shape[1:]] * PARAMETERS[op], *[shape] * residual]
+    precision.check(on(kernels), on(reference), [torch.randn(s, device=device).to(dtype) for s in shapes])
 
 
 CHECKS = {f"{op}-{dtype}": functools.partial(cases, op, dtype) for op in PARAMETERS for dtype in precision.DTYPES}

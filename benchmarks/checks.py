@@ -57,7 +57,7 @@ def run(cases: dict, name: str, device: str, file: str | None = None) -> dict:
     for case, function in cases.items():
         began, found = time.perf_counter(), {}
         try:
-            with torch.device(device), kernels.use("triton"):
+            with kernels.use("triton"):
                 torch.manual_seed(0)
                 found = function() or {}
             state = "passed"

@@ -63,8 +63,8 @@ def steps(device: str, peers: list[str]) -> list[Step]:
     speeds = {
         "attention": ("attention", 120, ["triton", "triton_one_pass"]),
         "attention-sdpa": ("attention", 60, ["sdpa_flash", *["sdpa_cudnn"] * (device == "cuda")]),
-        "rms_norm": ("rms_norm", 60, []),
-        "layer_norm": ("layer_norm", 60, []),
+        "rms_norm": ("rms_norm", 100, []),
+        "layer_norm": ("layer_norm", 100, []),
         "attention-flex": ("attention", 120, ["flex"]),
         "attention-plain": ("attention", 150, ["plain", "compiled"]),
     }

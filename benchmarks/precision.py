@@ -13,9 +13,10 @@ FLOAT32 = 1e-5
 def check(op, plain, inputs: list[torch.Tensor]) -> None:
     """Raise AssertionError where `op`, values or gradients, is more than twice as far from `plain` in float64 as
     `plain` in the inputs' dtype is."""
-    if inputs[0].dtype == torch.float32:
-        try:
-            return check_op(op, plain, inputs, FLOAT32)
-        except AssertionError:
-            pass                                        # large errors of plain PyTorch allow more
-    check_error_ratio(op, plain, plain, inputs)
+    with inputs[0].device:                              # on which incoming gradients are drawn
+        if inputs[0].dtype == torch.float32:
+            try:
+                return check_op(op, plain, inputs, FLOAT32)
+            except AssertionError:
+                pass                                    # large errors of plain PyTorch allow more
+        check_error_ratio(op, plain, plain, inputs)
