@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("kernels/*.py", "minigpt/*.py", "benchmarks/*.py", "tests/compare.py")
 """What results depend on."""
 FIRST_CHECKS = {"descriptors": 60, "compiled": 120, "training": 120, "repeats": 90}
+"""{name: the most seconds}; then, of each type:"""
+CHECKS = ("attention-masks", "attention-heads", "attention-tiles", "attention-shapes", "layer_norm", "rms_norm")
 DTYPES = ("bfloat16", "float16", "float32")
 TINY = {"attention": ["--tokens", "64", "--width", "32", "--lengths", "32", "--head-sizes", "16", "--repeats", "2"],
         "layer_norm": ["--rows", "8", "--widths", "32", "--repeats", "2"],
@@ -53,8 +55,7 @@ class Step:
 
 def steps(device: str, peers: list[str]) -> list[Step]:
     """All of them, those of most worth first: checks, then speed."""
-    checks = {f"{group}-{dtype}": 150 for dtype in DTYPES
-              for group in ("attention-heads", "attention-masks", "attention-shapes", "layer_norm", "rms_norm")}
+    checks = {f"{group}-{dtype}": 180 for dtype in DTYPES for group in CHECKS}
     found = [Step(name, ["-m", "benchmarks.checks", name], seconds, decides=name != "descriptors")
              for name, seconds in (FIRST_CHECKS | checks).items()]
     found.append(Step("resume", ["-m", "benchmarks.crash_test", "--kills", "8", "--workers", "4"], 150,

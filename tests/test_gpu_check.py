@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import kernels
-from benchmarks import check_attention, check_machine, check_norms, checks, gpu_check, gpu_steps, precision
+from benchmarks import check_attention, check_machine, checks, gpu_check, gpu_steps, precision
 
 ROOT = Path(__file__).parent.parent
 
@@ -259,10 +259,10 @@ def test_a_check_tells_what_passed_failed_and_could_not_run(monkeypatch, capsys,
         None, "AssertionError: off by 3", "needs 1024 GiB of memory, 1 are free"]
 
 
-CASES = {name: case for check in ("attention-heads-bfloat16", "attention-masks-float32", "attention-shapes-bfloat16")
-         for name, case in check_attention.CHECKS[check]("cpu").items()}
-CASES |= check_norms.CHECKS["rms_norm-float16"]("cpu") | check_norms.CHECKS["layer_norm-bfloat16"]("cpu")
-CASES |= check_machine.repeats("cpu") | check_machine.offsets("cpu")
+CASES = {f"{check}, {name}": case
+         for check in ("attention-heads-bfloat16", "attention-tiles-bfloat16", "attention-masks-float32",
+                       "attention-shapes-bfloat16", "rms_norm-float16", "layer_norm-bfloat16", "repeats", "offsets")
+         for name, case in checks.available()[check]("cpu").items()}
 
 
 @pytest.mark.parametrize("name", CASES)
