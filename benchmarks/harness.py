@@ -168,7 +168,7 @@ def compare(parser: Parser, options: argparse.Namespace, op: str, scale: Scale, 
     print(f"{op}, {dtype}, {', '.join(f'{name} {value}' for name, value in settings.items())}; "
           f"a {scale.ceiling} runs at {best / 1e12:.4g} {scale.unit}")
     print(f"{'direction':>9}{_columns(cases[0].labels)} {'path':>15}{'median ms':>11}{'p10':>10}{'p90':>10}"
-          f"{scale.unit:>9}{'of ' + scale.ceiling:>10}{'peak MiB':>10}")
+          f"{scale.unit:>11}{'of ' + scale.ceiling:>10}{'peak MiB':>10}")
     for case in cases:
         for name in options.paths or paths:
             for direction in paths[name].directions:
@@ -222,7 +222,7 @@ def _shown(row, scale):
     if "error" in row:
         return f"  {row['error']}"
     peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
-    return (f"{row['median_ms']:11.4f}{row['p10_ms']:10.4f}{row['p90_ms']:10.4f}{row[scale.rate]:9.4g}"
+    return (f"{row['median_ms']:11.4f}{row['p10_ms']:10.4f}{row['p90_ms']:10.4f}{row[scale.rate]:11.4g}"
             f"{row[f'share_of_{scale.ceiling}']:10.1%}{peak:>10}")
 
 
