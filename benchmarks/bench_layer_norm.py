@@ -1,6 +1,6 @@
 """Speed of LayerNorm with a residual add, forward and backward:
 
-    python -m benchmarks.bench_layer_norm [--device cuda] [--widths 768 4096] [--paths triton] [--json FILE] [--plot FILE]
+    python -m benchmarks.bench_layer_norm [--device cuda] [--widths 768] [--paths triton] [--json FILE] [--plot FILE]
 
 The Triton kernels against plain PyTorch, torch.compile of that, and Liger where it is installed, which has no fused
 add. TB/s are the bytes that the op must move over the median time. The last line is one JSON object.

@@ -1,6 +1,6 @@
 """Speed of RMSNorm with a residual add, forward and backward:
 
-    python -m benchmarks.bench_rms_norm [--device cuda] [--widths 768 4096] [--paths triton] [--json FILE] [--plot FILE]
+    python -m benchmarks.bench_rms_norm [--device cuda] [--widths 768] [--paths triton] [--json FILE] [--plot FILE]
 
 The Triton kernels against plain PyTorch, torch.compile of that, and Liger's fused add where it is installed. TB/s are
 the bytes that the op must move over the median time. The last line is one JSON object.
