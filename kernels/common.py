@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -38,8 +39,9 @@ def next_power_of_2(n: int) -> int:
 class LintCase:
     """One kernel configuration that ships, for `kernels.lint` to compile ahead of time.
 
-    A kernel module lists its cases in `lint_cases()`. `kind` says what the machine code must show: "dot" tensor-core
-    instructions, "memory" wide (128-bit), cp.async or TMA loads, "plain" neither (dots of float32, odd widths).
+    A kernel module lists its cases in `lint_cases()`. `kind` says what the machine code must show: "dot" the
+    architecture's own tensor-core instructions, "small dot" any (its newest take no fewer than 64 rows), "memory" wide
+    (128-bit), cp.async or TMA loads, "plain" none of these (dots of float32, odd widths).
     """
 
     name: str
@@ -58,4 +60,37 @@ class LintCase:
     """The architectures it ships for."""
 
     def __post_init__(self):
-        assert self.kind in ("dot", "memory", "plain"), self.kind
+        assert self.kind in ("dot", "small dot", "memory", "plain"), self.kind
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all it is called with: to run, or to compile ahead of time from meta tensors."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, torch.Tensor | int | float | None]
+    constants: dict[str, int | bool]
+    options: dict[str, int]
+    kind: str = "memory"
+    """As in LintCase."""
+
+    def run(self):
+        if not all(self.grid):
+            return
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options, enable_fp_fusion=True)
+
+    def lint_case(self, name: str, **more) -> LintCase:
+        """As a launch compiles it: integers that are 1 become constants, multiples of 16 are known as such."""
+        types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
+                 torch.int64: "*i64", int: "i32", float: "fp32"}
+        given = {key: value for key, value in self.arguments.items()
+                 if value is not None and not (isinstance(value, int) and value == 1)}
+        return LintCase(
+            f"{name} {self.kernel.__name__.strip('_')}", self.kernel,
+            {key: types[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+             for key, value in given.items()},
+            {key: value for key, value in self.arguments.items() if key not in given} | self.constants, self.kind,
+            tuple(key for key, value in given.items()
+                  if isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0),
+            self.options | {"enable_fp_fusion": True}, **more)

@@ -71,6 +71,8 @@ def lint(case: LintCase, arch: str) -> dict:
     try:
         kernel, log, opcodes = compile_ahead(case, arch)
     except Exception as error:                          # whatever the compiler's passes raise is the finding
+        while error.__cause__:                          # in a function that the kernel calls
+            error = error.__cause__
         print(f"{case.name} for {arch}: {type(error).__name__}: {error}", file=sys.stderr)
         return {"verdict": f"does not compile: {type(error).__name__}"}
     tensor_core = Counter(opcode.partition(".")[0] for opcode in opcodes if re.match(r"HG?MMA|UTC\w*MMA", opcode))
@@ -92,6 +94,7 @@ def lint(case: LintCase, arch: str) -> dict:
         "WGMMA serialized": "serialized" in log,
         f"shared memory over {limits.shared}": row["shared_bytes"] > limits.shared,
         f"dot without {limits.tensor_core}": case.kind == "dot" and limits.tensor_core not in tensor_core,
+        "dot without tensor cores": case.kind == "small dot" and not tensor_core,
         "no wide loads": case.kind == "memory" and not (row["loads"][0] or row["cp_async"][0] or row["tma_loads"]),
     }.items() if holds]
     return row | {"verdict": "; ".join(wrong) or "ok"}

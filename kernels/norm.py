@@ -9,15 +9,12 @@ Legend: M rows, N width, P programs, each with its row of (P, N) partial sums, w
 order.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common import LintCase, round_to
+from kernels.common import Launch, round_to
 from kernels.reference import MAX_NORM_WIDTH
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -212,33 +209,6 @@ def _add_columns(sums_ptr, grad_ptr, P, cols, N, ROWS: tl.constexpr, BLOCK: tl.c
         rows = start + tl.arange(0, ROWS)
         total += _load(sums_ptr, rows, N, cols, (rows < P)[:, None] & (cols < N)[None, :])
     tl.store(grad_ptr + cols, round_to(tl.sum(total, 0), grad_ptr.dtype.element_ty), mask=cols < N)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with all it is called with: to run, or to compile ahead of time from meta tensors."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Tensor | int | float | None]
-    constants: dict[str, int]
-    options: dict[str, int]
-
-    def run(self):
-        if not all(self.grid):
-            return
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options, enable_fp_fusion=True)
-
-    def lint_case(self, name: str) -> LintCase:
-        types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
-        given = {key: value for key, value in self.arguments.items() if value is not None}
-        return LintCase(
-            f"{name} {self.kernel.__name__.strip('_')}", self.kernel,
-            {key: types[value.dtype if isinstance(value, Tensor) else type(value)] for key, value in given.items()},
-            {key: None for key in self.arguments.keys() - given.keys()} | self.constants, "memory",
-            tuple(key for key, value in given.items()
-                  if isinstance(value, Tensor) or isinstance(value, int) and value % 16 == 0),
-            self.options | {"enable_fp_fusion": True})
 
 
 def lint_cases(centred: bool):

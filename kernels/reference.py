@@ -18,12 +18,13 @@ def attention(q, k, v, *, causal, window=None, document_ids=None, dropout_p=0.0,
     """softmax(scale · q kᵀ + mask) v, head by head (arXiv 1706.03762; grouped queries arXiv 2305.13245).
 
     q (B, T, H, D); k, v (B, S, H_kv, D), all of one floating dtype; gives (B, T, H, D). `causal`: key j is visible to
-    query i iff j <= i + S - T (bottom right). `window` w also asks i + S - T - j < w. `document_ids` (B, T) integers,
-    S = T, hides keys of other documents. `scale`: 1/sqrt(D) unless given. `dropout_p` drops attention weights; with
-    `seed` the mask is a function of it, without it torch's generator draws. A query without a visible key gives zeros.
-    Every path here is deterministic, so `deterministic` changes nothing.
+    query i iff j <= i + S - T (bottom right). `window` w also asks i + S - T - j < w. `document_ids` (B, T) integers
+    of 32 bits, S = T, hides keys of other documents. `scale`: 1/sqrt(D) unless given. `dropout_p` drops attention
+    weights; with `seed` the mask is a function of it, without it torch's generator draws. A query without a visible
+    key gives zeros. Every path here is deterministic, so `deterministic` changes nothing.
     """
-    check_attention(q, k, v, window=window, document_ids=document_ids, dropout_p=dropout_p)
+    check_attention(q, k, v, window=window, document_ids=document_ids, dropout_p=dropout_p, seed=seed,
+                    scale=scale)
     T, S = q.shape[1], k.shape[1]
     window = None if window is None or window >= S else window                      # one of S hides nothing
     seeded = dropout_p > 0 and seed is not None
@@ -38,18 +39,32 @@ def attention(q, k, v, *, causal, window=None, document_ids=None, dropout_p=0.0,
     return y.transpose(1, 2)                                                        # (B, T, H, D)
 
 
-def check_attention(q, k, v, *, window=None, document_ids=None, dropout_p=0.0):
+def check_attention(q, k, v, *, window=None, document_ids=None, dropout_p=0.0, seed=None, scale=None):
     """Raise ValueError where the arguments of `attention` do not fit together."""
-    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.shape[::3] != k.shape[::3] or q.shape[2] % k.shape[2]:
+    if (q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3] or not k.shape[2]
+            or q.shape[2] % k.shape[2]):
         raise ValueError(f"attention takes q (B, T, H, D) and k, v (B, S, H_kv, D) with H a multiple of H_kv, "
                          f"not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not x.is_floating_point() or x.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+            raise ValueError(f"attention: {name} is {x.dtype}, q {q.dtype}; all must be of one floating dtype")
+    for name, x in (("k", k), ("v", v), ("document_ids", document_ids)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"attention: {name} is on {x.device}, q on {q.device}; they must be on one device")
     if window is not None and window < 1:
         raise ValueError(f"attention window = {window}; the least is 1")
-    if document_ids is not None and not q.shape[:2] == document_ids.shape == k.shape[:2]:
-        raise ValueError(f"document_ids {tuple(document_ids.shape)} must be (B, T) with S = T, here "
-                         f"T = {q.shape[1]} and S = {k.shape[1]}")
+    if document_ids is not None:
+        if not q.shape[:2] == document_ids.shape == k.shape[:2]:
+            raise ValueError(f"document_ids {tuple(document_ids.shape)} must be (B, T) with S = T, here "
+                             f"T = {q.shape[1]} and S = {k.shape[1]}")
+        if document_ids.is_floating_point() or document_ids.dtype == torch.bool:
+            raise ValueError(f"attention: document_ids are {document_ids.dtype}; they must be integers")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p = {dropout_p} is not in [0, 1)")
+    if seed is not None and not -2**63 <= seed < 2**63:
+        raise ValueError(f"attention: seed = {seed} does not fit 64 bits")
+    if scale is not None and not -float("inf") < scale < float("inf"):
+        raise ValueError(f"attention: scale = {scale} is not a finite number")
 
 
 def _visible(T, S, causal, window, document_ids, device):
