@@ -108,9 +108,9 @@ def compile_ahead(case, arch):
         {(names.index(name),): value for name, value in case.constexprs.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned})
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    with contextlib.redirect_stdout(io.StringIO()):     # where it fails, Triton prints all of the assembly
+    with said_by_ptxas() as log:
         kernel = triton.compile(source, target=target, options=case.options)
-        log = kept(kernel, "ptxas.log", lambda: assemble(kernel, make_backend(target), case.options))
+    log = kept(kernel, "ptxas.log", lambda: log.getvalue() or assemble(kernel, make_backend(target), case.options))
     listing = kept(kernel, "sass", lambda: disassemble(kernel))
     return kernel, log, re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", listing, re.M)
 
@@ -122,10 +122,17 @@ def kept(kernel, name, make):
     return Path(path).read_text("utf-8")
 
 
-def assemble(kernel, backend, options):
-    """What ptxas says, which Triton does not keep: once more, as this release calls it for this architecture."""
+@contextlib.contextmanager
+def said_by_ptxas():
+    """A file of what ptxas says meanwhile, and of the assembly that Triton prints where it fails."""
     with contextlib.redirect_stdout(io.StringIO()) as log, knobs.nvidia.scope():
         knobs.nvidia.dump_ptxas_log = True
+        yield log
+
+
+def assemble(kernel, backend, options):
+    """What ptxas says of a kernel from the cache: once more, as this release calls it for this architecture."""
+    with said_by_ptxas() as log:
         backend.make_cubin(kernel.asm["ptx"], {}, backend.parse_options(options), backend.target.arch)
     return log.getvalue()
 

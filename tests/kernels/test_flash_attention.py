@@ -305,7 +305,7 @@ def test_what_the_kernels_do_not_take(change, message):
 
 
 def test_tiles_for_every_gpu():
-    """The rows of TILES answer for all: those without rows of their own, and float32 everywhere, take capability 0's."""
+    """GPUs without rows of their own, and float32 everywhere, take those of capability 0."""
     from kernels.attention import TILES, tiles_for
 
     for capability, itemsize, D in itertools.product((0, 8, 9, 10, 12), (2, 4), range(1, 257)):
