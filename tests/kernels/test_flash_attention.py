@@ -23,22 +23,27 @@ def small_tiles(monkeypatch):
     forward, by_keys, by_queries = (32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)
     for key in TILES:
         monkeypatch.setitem(TILES, key, Tiles(*[(forward, by_keys, by_queries)] * 2, by_keys))
-    monkeypatch.setattr(flash_attention, "CHUNK", tl.constexpr(16))
+    monkeypatch.setattr(flash_attention, "CHUNK", tl.constexpr(32))
 
 
-def check(inputs, **options):
+def check(inputs, tolerance=5e-5, **options):
     exact = {name: value for name, value in options.items() if name != "deterministic"}
-    check_op(lambda *x: kernels.attention(*x, **options), lambda *x: formula(*x, **exact), inputs, 5e-5)
+    check_op(lambda *x: kernels.attention(*x, **options), lambda *x: formula(*x, **exact), inputs, tolerance)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("T, S", [(50, 50), (97, 97), (33, 70), (70, 33), (1, 65), (64, 64)])
-def test_lengths(T, S, causal, deterministic):
-    check(qkv(B=1, T=T, S=S, H=2, H_kv=2, D=16), causal=causal, deterministic=deterministic)
+def test_lengths(T, S, causal):
+    check(qkv(B=1, T=T, S=S, H=2, H_kv=2, D=16), causal=causal)
 
 
-@pytest.mark.parametrize("window", [1, 9, 16, 40])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T, S", [(97, 97), (33, 70)])
+def test_one_pass(T, S, causal):
+    check(qkv(B=1, T=T, S=S, H=2, H_kv=1, D=16), causal=causal, deterministic=False)
+
+
+@pytest.mark.parametrize("window", [1, 16, 40])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("T, S", [(70, 70), (33, 81), (60, 37)])
 def test_windows(T, S, causal, window):
@@ -61,12 +66,13 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("causal, window, H_kv", [(True, None, 2), (False, None, 1), (True, 21, 2)])
-@pytest.mark.parametrize("ids", DOCUMENTS)
-def test_documents(ids, causal, window, H_kv):
+@pytest.mark.parametrize("ids, causal, window, H", [
+    *((ids, True, None, 1) for ids in DOCUMENTS),
+    *((ids, *others) for ids in ("three", "mixed") for others in ((False, None, 1), (True, 21, 2)))])
+def test_documents(ids, causal, window, H):
     """The second row has other documents than the first."""
     document_ids = torch.stack((DOCUMENTS[ids], DOCUMENTS["three"].flip(0)))
-    check(qkv(T=70, S=70, H=2, H_kv=H_kv, D=16), causal=causal, window=window, document_ids=document_ids)
+    check(qkv(T=70, S=70, H=H, H_kv=1, D=16), causal=causal, window=window, document_ids=document_ids)
 
 
 def test_keys_of_other_documents_are_not_read():
@@ -80,9 +86,8 @@ def test_keys_of_other_documents_are_not_read():
 
 
 @pytest.mark.parametrize("H, H_kv", [(4, 2), (6, 2), (4, 1)])
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_grouped_heads(H, H_kv, deterministic):
-    check(qkv(T=40, S=55, H=H, H_kv=H_kv, D=16), causal=True, deterministic=deterministic)
+def test_grouped_heads(H, H_kv):
+    check(qkv(B=1, T=40, S=55, H=H, H_kv=H_kv, D=16), causal=True)
 
 
 @pytest.mark.parametrize("D", [1, 3, 16, 24, 33, 80, 96, 128, 256])
@@ -98,16 +103,16 @@ def test_scales_of_any_sign(scale):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_scores_far_below_zero_beside_missing_keys(deterministic):
-    """A tile's keys beyond the last have score 0, here 2^900 times the others: none of them may count."""
+    """A tile's keys beyond the last have score 0 and so 2^230 times the others' weights: none of them may count."""
     q, k, v = qkv(B=1, T=40, S=37, H=1, H_kv=1, D=16)
-    check([q.abs() * 6, -k.abs() * 6 - 3, v], causal=False, deterministic=deterministic, scale=1.0)
+    check([1 + q / 20, k / 20 - 10, v], 3e-4, causal=False, deterministic=deterministic, scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [dict(causal=True), dict(causal=False), dict(causal=True, window=20),
                                      dict(causal=True, deterministic=False)], ids=str)
 def test_half_precision_is_as_exact_as_plain_pytorch(options, dtype):
-    mask = visible(2, 65, 65, options["causal"], options.get("window"), None)
+    mask = visible(1, 65, 65, options["causal"], options.get("window"), None)
 
     def plain(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -116,10 +121,10 @@ def test_half_precision_is_as_exact_as_plain_pytorch(options, dtype):
 
     exact = {name: value for name, value in options.items() if name != "deterministic"}
     check_error_ratio(lambda *x: kernels.attention(*x, **options), plain, lambda *x: formula(*x, **exact),
-                      qkv(T=65, S=65, D=32, dtype=dtype))
+                      qkv(B=1, T=65, S=65, H=2, H_kv=2, D=32, dtype=dtype))
 
 
-def fused_projection(T=40, H=4, H_kv=2, D=16):
+def fused_projection(T=40, H=2, H_kv=1, D=16):
     """q, k and v, views of one (B, T, H + 2 H_kv, D)."""
     return torch.cat(qkv(T=T, S=T, H=H, H_kv=H_kv, D=D), dim=2).split((H, H_kv, H_kv), dim=2)
 
@@ -226,7 +231,7 @@ def test_dropout_is_the_same_in_all_kernels(options):
 
 
 def test_dropout_without_a_seed_is_torch_s_generator_s():
-    q, k, v = qkv(T=40, S=40)
+    q, k, v = qkv(B=1, T=40, S=40, H=2, H_kv=1)
 
     def drawn():
         torch.manual_seed(3)
@@ -238,8 +243,8 @@ def test_dropout_without_a_seed_is_torch_s_generator_s():
 
 
 def test_two_passes_are_bit_equal_each_time():
-    runs = [run_op(lambda *x: kernels.attention(*x, causal=True), qkv(T=70, S=70, D=16), [torch.ones(2, 70, 4, 16)])
-            for _ in range(2)]
+    inputs, grads = qkv(B=1, T=70, S=70, H=2, H_kv=1, D=16), [torch.randn(1, 70, 2, 16)]
+    runs = [run_op(lambda *x: kernels.attention(*x, causal=True), inputs, grads) for _ in range(2)]
     assert all(map(torch.equal, runs[0][0] + runs[0][1], runs[1][0] + runs[1][1]))
 
 
