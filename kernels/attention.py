@@ -35,7 +35,7 @@ TILES = {
     (9, 2, 64): Tiles(((128, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 3)),
                       ((64, 64, 4, 3), (32, 128, 8, 2), (128, 64, 8, 3)), (64, 128, 8, 2)),
     (9, 2, 128): Tiles(((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-                       ((128, 64, 8, 3), (32, 128, 8, 1), (128, 64, 8, 2)), (32, 128, 8, 1)),
+                       ((128, 64, 8, 3), (16, 128, 8, 2), (128, 64, 8, 2)), (32, 128, 8, 1)),
     (9, 2, 256): Tiles(((128, 32, 8, 2), (16, 32, 8, 2), (64, 32, 8, 2)),
                        ((128, 32, 8, 2), (16, 32, 8, 2), (32, 32, 8, 2))),
     (10, 2, 64): Tiles(((128, 128, 8, 2), (64, 128, 8, 2), (128, 64, 8, 3)),
@@ -57,7 +57,7 @@ TILES = {
 """The largest that spill no register under any release of Triton that setup.py allows, and that, but for capabilities 9
 and 10, fit the 99 KB of shared memory of a consumer GPU: `kernels.lint` shows both. None was chosen by speed yet."""
 MOST_REGISTERS = 255
-"""That a thread can have, given for dots of float32: ptxas would rather spill a few, for programs that never come."""
+"""That a thread can have, said where ptxas would rather spill some of them, for programs that never come."""
 DELTA_BYTES = 8192
 """Of the output that a program of attention_delta reads."""
 
@@ -136,7 +136,7 @@ class Call:
         make_delta = Launch(
             flash_attention.attention_delta, (triton.cdiv(self.T, rows) * self.B * self.H,),
             dict(out_ptr=out, grad_ptr=grad, delta_ptr=delta, T=self.T, H=self.H, **strides(grad, "grad")),
-            self.head | dict(BLOCK_M=rows), dict(num_warps=4))
+            self.head | dict(BLOCK_M=rows), dict(num_warps=4, maxnreg=MOST_REGISTERS))
         given = dict(grad_ptr=grad, lse_ptr=lse, delta_ptr=delta, scale=self.scale, **strides(grad, "grad"))
         by_keys = self.launch(
             flash_attention.attention_backward_keys, self.tiles[1] if sums is None else self.one_pass, True, **given,
