@@ -4,9 +4,9 @@
 
 Each step is a process of its own and has its own time; what fails or takes too long costs no other step. Checks run at
 the same time, benchmarks alone. After each step the results are in OUT/gpu_check.json, its output in gpu_check.log;
-plots follow where matplotlib is there. Run again, the command goes on: steps that ended on the same sources, device,
-torch and triton are kept, then what has not run yet is run, then what took too long. The last line is one JSON object;
-the exit code is 1 where a check failed or has not ended, 130 after Ctrl-C. --device cpu tries it all in small.
+plots follow where matplotlib is there. Run again, the command goes on: steps that passed on the same sources, device,
+torch and triton are kept; what has not run yet is run, then what did not pass. The last line is one JSON object; the
+exit code is 1 where a check failed or has not ended, 130 after Ctrl-C. --device cpu tries it all in small.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class Check:
     def run(self) -> int:
         """All steps; the exit code."""
         began = time.monotonic()
-        left = [step for step in self.steps if self.state(step) in ("not run", "timed out")]
-        left.sort(key=lambda step: self.state(step) == "timed out")
+        left = [step for step in self.steps if self.state(step) != "passed"]
+        left.sort(key=lambda step: self.state(step) != "not run")
         for step in self.steps:
             if step not in left:
                 print(f"{step.name}: {self.state(step)} before")
@@ -136,14 +136,21 @@ class Check:
             seconds = min(step.seconds, self.deadline - time.monotonic())
             if seconds < min(LEAST_SECONDS, step.seconds):
                 return
-            process = gpu_steps.Process(step, self.device)
+            try:
+                process = gpu_steps.Process(step, self.device)
+            except OSError as error:
+                print(f"{step.name}: not run: {error}", flush=True)
+                return
             self.running.add(process)
         outcome, output = process.finish(seconds)
         with self.lock:
             self.running.discard(process)
             if self.deadline == STOPPED:
                 return                                  # killed with this process, which is no outcome
-            self.record.add(step.name, outcome, output)
+            try:
+                self.record.add(step.name, outcome, output)
+            except OSError as error:                    # it is told at the end all the same
+                print(f"{self.record.file} could not be written: {error}", flush=True)
         print(f"{step.name}: {outcome['state']} after {outcome['seconds']} s  {outcome.get('error', '')}", flush=True)
 
     def finish(self, seconds) -> int:

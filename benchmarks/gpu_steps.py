@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -22,6 +23,10 @@ FIRST_CHECKS = {"descriptors": 60, "compiled": 120, "training": 120, "repeats": 
 """{name: the most seconds}; then, of each type:"""
 CHECKS = ("attention-masks", "attention-heads", "attention-tiles", "attention-shapes", "layer_norm", "rms_norm")
 DTYPES = ("bfloat16", "float16", "float32")
+MOST_SECONDS_TO_DIE = 10
+"""Of a killed process, until its end is no longer waited for."""
+NEEDED_TO_RESUME = ("numpy", "safetensors", "sentencepiece")
+"""By a training run, beside torch."""
 TINY = {"attention": ["--tokens", "64", "--width", "32", "--lengths", "32", "--head-sizes", "16", "--repeats", "2"],
         "layer_norm": ["--rows", "8", "--widths", "32", "--repeats", "2"],
         "rms_norm": ["--rows", "8", "--widths", "32", "--repeats", "2"]}
@@ -58,15 +63,16 @@ def steps(device: str, peers: list[str]) -> list[Step]:
     checks = {f"{group}-{dtype}": 180 for dtype in DTYPES for group in CHECKS}
     found = [Step(name, ["-m", "benchmarks.checks", name], seconds, decides=name != "descriptors")
              for name, seconds in (FIRST_CHECKS | checks).items()]
-    found.append(Step("resume", ["-m", "benchmarks.crash_test", "--kills", "8", "--workers", "4"], 150,
-                      passed=_none_differed))
+    if all(map(importlib.util.find_spec, NEEDED_TO_RESUME)):
+        found.append(Step("resume", ["-m", "benchmarks.crash_test", "--kills", "8", "--workers", "4"], 150,
+                          passed=_none_differed))
     found.append(Step("offsets", ["-m", "benchmarks.checks", "offsets"], 60, alone=True))
     speeds = {
         "attention": ("attention", 120, ["triton", "triton_one_pass"]),
         "attention-sdpa": ("attention", 60, ["sdpa_flash", *["sdpa_cudnn"] * (device == "cuda")]),
+        "attention-flex": ("attention", 120, ["flex"]),
         "rms_norm": ("rms_norm", 100, []),
         "layer_norm": ("layer_norm", 100, []),
-        "attention-flex": ("attention", 120, ["flex"]),
         "attention-plain": ("attention", 150, ["plain", "compiled"]),
     }
     for name, (op, seconds, paths) in speeds.items():
@@ -102,7 +108,10 @@ class Process:
         except subprocess.TimeoutExpired:
             state = "timed out"
         self.kill()
-        code = self.process.wait()
+        try:
+            code = self.process.wait(MOST_SECONDS_TO_DIE)
+        except subprocess.TimeoutExpired:               # it hangs in the driver
+            code, state = None, "timed out"
         output = self.output.read_text("utf-8", errors="replace")
         result = {}
         with contextlib.suppress(OSError, ValueError):

@@ -15,6 +15,10 @@ from kernels.common import Launch, next_power_of_2
 from kernels.reference import check_attention
 
 MAX_HEAD_SIZE = 256
+MAX_LENGTH = 1 << 30
+"""Of queries or keys: counters of rows have 32 bits."""
+LSE_ALIGNMENT = 16
+"""Numbers that a row of lse or delta begins at a multiple of, so that whole vectors of them are loaded for any T."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2_E = math.log2(math.e)
 
@@ -43,7 +47,7 @@ TILES = {
     (10, 2, 128): Tiles(((128, 64, 8, 3), (32, 128, 8, 1), (128, 64, 8, 2)),
                         ((128, 64, 8, 3), (32, 128, 8, 1), (128, 64, 8, 2)), (32, 128, 8, 2)),
     (10, 2, 256): Tiles(((128, 32, 8, 2), (32, 64, 8, 1), (64, 32, 8, 2)),
-                        ((128, 32, 8, 2), (32, 64, 8, 1), (64, 32, 8, 1))),
+                        ((64, 32, 8, 2), (32, 64, 8, 1), (32, 32, 8, 2))),
     (0, 2, 64): Tiles(((64, 64, 4, 3), (32, 64, 4, 2), (128, 64, 8, 3)),
                       ((64, 64, 4, 3), (32, 64, 4, 2), (128, 64, 8, 2)), (32, 64, 8, 2)),
     (0, 2, 128): Tiles(((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
@@ -64,7 +68,7 @@ DELTA_BYTES = 8192
 
 def attention(q, k, v, *, causal, window=None, document_ids=None, dropout_p=0.0, seed=None, scale=None,
               deterministic=True):
-    """`kernels.reference.attention` in Triton; head sizes up to 256, T and S up to 2^31 - 1.
+    """`kernels.reference.attention` in Triton; head sizes up to 256, T and S up to 2^30.
 
     `deterministic=False` takes the faster backward, whose dQ is summed in an order that differs from run to run; under
     torch.use_deterministic_algorithms it raises ValueError. The dropout mask is a function of `seed` and the place of
@@ -75,10 +79,13 @@ def attention(q, k, v, *, causal, window=None, document_ids=None, dropout_p=0.0,
     if not 1 <= q.shape[3] <= MAX_HEAD_SIZE:
         raise ValueError(f"attention: a head size of {q.shape[3]}; the Triton kernels take 1 to {MAX_HEAD_SIZE}, "
                          "kernels.use('reference') any")
+    if max(q.shape[1], k.shape[1]) > MAX_LENGTH:
+        raise ValueError(f"attention: {q.shape[1]} queries and {k.shape[1]} keys; the Triton kernels take {MAX_LENGTH}")
     if not deterministic and torch.are_deterministic_algorithms_enabled():
         raise ValueError("attention: deterministic=False under torch.use_deterministic_algorithms; leave one out")
     if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+        q, k, v = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(q.device.type))
+                   for x in (q, k, v))
     if q.dtype not in DTYPES:
         raise ValueError(f"attention: q, k and v are {q.dtype}; the Triton kernels take "
                          f"{', '.join(map(str, DTYPES))}, kernels.use('reference') float64 too")
@@ -115,7 +122,7 @@ class Call:
         self.head = dict(D=self.D, BLOCK_D=max(16, next_power_of_2(self.D)))
         self.constants = self.head | dict(CAUSAL=causal)
 
-    def launch(self, kernel, tile, by_keys, **arguments):
+    def launch(self, kernel, tile, by_keys, lse_ptr, **arguments):
         """A launch of one of the three kernels with dots, a program for each block of queries or of keys."""
         queries, keys, warps, stages = tile
         rows, length, heads = (keys, self.S, self.H_kv) if by_keys else (queries, self.T, self.H)
@@ -123,7 +130,8 @@ class Call:
         kind = "dot" if rows >= 64 else "small dot"
         if self.pointers["q_ptr"].dtype == torch.float32:
             kind, options["maxnreg"] = "plain", MOST_REGISTERS
-        return Launch(kernel, (triton.cdiv(length, rows) * self.B * heads,), self.pointers | self.numbers | arguments,
+        given = dict(lse_ptr=lse_ptr, lse_row=lse_ptr.stride(1), **arguments)
+        return Launch(kernel, (triton.cdiv(length, rows) * self.B * heads,), self.pointers | self.numbers | given,
                       self.constants | dict(BLOCK_M=queries, BLOCK_N=keys), options, kind)
 
     def forward(self, out, lse) -> Launch:
@@ -135,7 +143,8 @@ class Call:
         rows = DELTA_BYTES // (self.head["BLOCK_D"] * grad.itemsize)
         make_delta = Launch(
             flash_attention.attention_delta, (triton.cdiv(self.T, rows) * self.B * self.H,),
-            dict(out_ptr=out, grad_ptr=grad, delta_ptr=delta, T=self.T, H=self.H, **strides(grad, "grad")),
+            dict(out_ptr=out, grad_ptr=grad, delta_ptr=delta, lse_row=delta.stride(1), T=self.T, H=self.H,
+                 **strides(grad, "grad")),
             self.head | dict(BLOCK_M=rows), dict(num_warps=4, maxnreg=MOST_REGISTERS))
         given = dict(grad_ptr=grad, lse_ptr=lse, delta_ptr=delta, scale=self.scale, **strides(grad, "grad"))
         by_keys = self.launch(
@@ -169,20 +178,20 @@ def rows_of(x):
 
 
 def lint_cases():
-    """Every tile in bfloat16 or float32, on the GPUs that it is for."""
+    """Every tile in bfloat16 or float32, on the GPUs that it is for, with a length that no tile divides."""
     for capability, itemsize, D in TILES:
         archs = (f"sm_{10 * capability}",) if capability else tuple(
             arch for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
             if itemsize == 4 or arch not in ("sm_90", "sm_100"))
         dtype = torch.bfloat16 if itemsize == 2 else torch.float32
         numbers = f"{str(dtype).removeprefix('torch.')} {D}"
-        q = torch.empty(8, 1024, 16, D, dtype=dtype, device="meta")
-        shared = torch.empty(8, 1024, 4, D, dtype=dtype, device="meta")
-        lse, sums = torch.empty(8, 16, 1024, device="meta"), torch.empty(q.shape, device="meta")
-        ids = torch.empty(8, 1024, dtype=torch.int32, device="meta")
+        q = torch.empty(8, 1000, 16, D, dtype=dtype, device="meta")
+        shared = torch.empty(8, 1000, 4, D, dtype=dtype, device="meta")
+        lse, sums = torch.empty(8, 16, 1008, device="meta"), torch.empty(q.shape, device="meta")
+        ids = torch.empty(8, 1000, dtype=torch.int32, device="meta")
         seed = torch.empty((), dtype=torch.int64, device="meta")
-        for name, kv, *masks in (("causal", q, None, None, True, None, 0.0),
-                                 ("full, grouped", shared, None, None, False, None, 0.0),
+        for name, kv, *masks in (("causal, grouped", shared, None, None, True, None, 0.0),
+                                 ("full", q, None, None, False, None, 0.0),
                                  ("all masks, grouped", shared, ids, seed, True, 256, 0.1)):
             call = Call(q, kv, kv, *masks, 0.125, capability)
             if itemsize == 4 and "full" in name:        # which is what the other two have, and slow to compile
@@ -200,7 +209,7 @@ def lint_cases():
 @torch.library.custom_op("minigpt::attention_forward", mutates_args=())
 def forward(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, seed: Tensor | None, causal: bool,
             window: int | None, dropout_p: float, scale: float, deterministic: bool) -> tuple[Tensor, Tensor]:
-    """(out (B, T, H, D), lse (B, H, T) in units of log2)"""
+    """(out (B, T, H, D), lse (B, H, at least T) in units of log2)"""
     out, lse = forward_outputs(q, k, v, document_ids, seed, causal, window, dropout_p, scale, deterministic)
     with torch.cuda.device_of(q):
         call = Call(q, k, v, document_ids, seed, causal, window, dropout_p, scale, capability_of(q))
@@ -211,7 +220,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, seed: 
 @forward.register_fake
 def forward_outputs(q, k, v, document_ids, seed, causal, window, dropout_p, scale, deterministic):
     B, T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+    row = (T + LSE_ALIGNMENT - 1) // LSE_ALIGNMENT * LSE_ALIGNMENT
+    return q.new_empty(q.shape), q.new_empty(B, H, row, dtype=torch.float32)
 
 
 @torch.library.custom_op("minigpt::attention_backward", mutates_args=())
@@ -254,11 +264,14 @@ def split(buffer, q, k):
 def save_for_backward(ctx, inputs, output):
     q, k, v, document_ids, seed, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, *output, document_ids, seed)
+    ctx.set_materialize_grads(False)                    # nobody uses lse
 
 
 def gradients(ctx, grad, _):
-    q, k, *_ = ctx.saved_tensors
-    return *split(backward(grad, *ctx.saved_tensors, *ctx.settings), q, k), *[None] * 7
+    if grad is None:
+        return (None,) * 10
+    q, k, *others = ctx.saved_tensors                   # once: activation checkpointing makes them anew each time
+    return *split(backward(grad, q, k, *others, *ctx.settings), q, k), *[None] * 7
 
 
 def no_second_derivative(ctx, *grads):

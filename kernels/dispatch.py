@@ -99,10 +99,12 @@ def public(op: str):
     torch.compiler.assume_constant_result(_import)      # which torch.compile cannot trace
 
     @functools.wraps(plain)
-    def run(x, *arguments, **options):
-        if path(op, x.device.type)[0] == "reference":
-            return plain(x, *arguments, **options)
-        return _triton(op)(x, *arguments, **options)
+    def run(*arguments, **options):
+        first = arguments[0] if arguments else next(iter(options.values()), None)
+        device = first.device.type if isinstance(first, torch.Tensor) else "cpu"
+        if path(op, device)[0] == "reference":
+            return plain(*arguments, **options)
+        return _triton(op)(*arguments, **options)
 
     return run
 

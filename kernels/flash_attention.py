@@ -162,12 +162,13 @@ def _forward_blocks(acc, top, total, q, first, last, k_ptr, v_ptr, document_ids_
 @triton.jit(do_not_specialize=["threshold"])
 def attention_forward(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, out_ptr, lse_ptr,
                       q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-                      T, S, H, GROUP, window, factor, threshold, rescale,
+                      lse_row, T, S, H, GROUP, window, factor, threshold, rescale,
                       D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                       CAUSAL: tl.constexpr):
     """out = softmax(scale · q kᵀ + mask) v and lse = log2 Σ 2^s, for BLOCK_M queries of one head.
 
-    One read of q, and of the visible k and v; one write of out (B, T, H, D), contiguous, and lse (B, H, T).
+    One read of q, and of the visible k and v; one write of out (B, T, H, D), contiguous, and lse, whose B · H rows
+    begin `lse_row` apart.
     """
     block, head = _block_and_head(T, BLOCK_M)
     block = tl.cdiv(T, BLOCK_M) - 1 - block                                         # causal: the longest rows first
@@ -200,28 +201,28 @@ def attention_forward(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, out_ptr, 
     seen = total > 0
     acc = acc * tl.where(seen, rescale / tl.where(seen, total, 1.0), 0.0)[:, None]
     lse = tl.where(seen, top + tl.math.log2(tl.where(seen, total, 1.0)), float("inf"))
-    tl.store(lse_ptr + head * T + queries, lse, mask=queries < T)
+    tl.store(lse_ptr + head * lse_row + queries, lse, mask=queries < lse_row)
     _store(out_ptr + (b * T * H + h) * D, acc, queries, H * D, T, D, BLOCK_D)
 
 
 @triton.jit
-def attention_delta(out_ptr, grad_ptr, delta_ptr, grad_batch, grad_row, grad_head, T, H, D: tl.constexpr,
+def attention_delta(out_ptr, grad_ptr, delta_ptr, grad_batch, grad_row, grad_head, lse_row, T, H, D: tl.constexpr,
                     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """delta = Σ_d out · grad, the part of the softmax's gradient that a whole row shares, (B, H, T)."""
+    """delta = Σ_d out · grad, the part of the softmax's gradient that a whole row shares; it is laid out as lse."""
     block, head = _block_and_head(T, BLOCK_M)
     b, h = head // H, head % H
     queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
     out = _load(out_ptr + (b * T * H + h) * D, queries, H * D, T, D, BLOCK_D, True).to(tl.float32)
     grad_ptr += b * grad_batch + h * grad_head
     grad = _load(grad_ptr, queries, grad_row, T, D, BLOCK_D, True).to(tl.float32)
-    tl.store(delta_ptr + head * T + queries, tl.sum(out * grad, 1), mask=queries < T)
+    tl.store(delta_ptr + head * lse_row + queries, tl.sum(out * grad, 1), mask=queries < lse_row)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def attention_backward_keys(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
                             dk_ptr, dv_ptr, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
                             grad_batch, grad_row, grad_head, dk_batch, dk_row,
-                            T, S, H, GROUP, window, factor, scale, threshold, rescale,
+                            lse_row, T, S, H, GROUP, window, factor, scale, threshold, rescale,
                             D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                             CAUSAL: tl.constexpr):
     """dK and dV of BLOCK_N keys of one key-value head, over its GROUP query heads.
@@ -258,8 +259,8 @@ def attention_backward_keys(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, gra
             inside = queries < T
             q = _load(q_ptr + b * q_batch + h * q_head, queries, q_row, T, D, BLOCK_D, True)            # (M, D)
             grad = _load(grad_ptr + b * grad_batch + h * grad_head, queries, grad_row, T, D, BLOCK_D, True)
-            lse = tl.load(lse_ptr + head * T + queries, mask=inside, other=float("inf"))
-            delta = tl.load(delta_ptr + head * T + queries, mask=inside, other=0.0)
+            lse = tl.load(lse_ptr + head * lse_row + queries, mask=inside, other=float("inf"))
+            delta = tl.load(delta_ptr + head * lse_row + queries, mask=inside, other=0.0)
             p = tl.math.exp2(dot(k, tl.trans(q)) * factor - lse[None, :])           # (N, M)
             if CAUSAL or window is not None or document_ids_ptr is not None or dq_ptr is not None:
                 documents = None
@@ -312,7 +313,7 @@ def _backward_blocks(dq, q, grad, lse, delta, first, last, k_ptr, v_ptr, documen
 def attention_backward_queries(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
                                q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
                                grad_batch, grad_row, grad_head, dq_batch, dq_row,
-                               T, S, H, GROUP, window, factor, scale, threshold, rescale,
+                               lse_row, T, S, H, GROUP, window, factor, scale, threshold, rescale,
                                D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                                CAUSAL: tl.constexpr):
     """dQ = scale · dS k of BLOCK_M queries of one head."""
@@ -327,8 +328,8 @@ def attention_backward_queries(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, 
     at = queries + (S - T)
     q = _load(q_ptr + b * q_batch + h * q_head, queries, q_row, T, D, BLOCK_D, True)    # (M, D)
     grad = _load(grad_ptr + b * grad_batch + h * grad_head, queries, grad_row, T, D, BLOCK_D, True)
-    lse = tl.load(lse_ptr + head * T + queries, mask=queries < T, other=float("inf"))
-    delta = tl.load(delta_ptr + head * T + queries, mask=queries < T, other=0.0)
+    lse = tl.load(lse_ptr + head * lse_row + queries, mask=queries < T, other=float("inf"))
+    delta = tl.load(delta_ptr + head * lse_row + queries, mask=queries < T, other=0.0)
     documents = None
     if document_ids_ptr is not None:
         documents = tl.load(document_ids_ptr + queries, mask=queries < T, other=0)[:, None]

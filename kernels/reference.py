@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 CHUNK_LOGITS, CHUNK_ROWS = 1 << 21, 256
 """linear_cross_entropy makes so many logits at a time (8 MB of float32), but those of no fewer rows than this."""
+MAX_SCALE = 1e37
+"""Of attention's scores, far from the end of float32."""
 MAX_NORM_WIDTH = 65536
 NORM_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -41,6 +43,11 @@ def attention(q, k, v, *, causal, window=None, document_ids=None, dropout_p=0.0,
 
 def check_attention(q, k, v, *, window=None, document_ids=None, dropout_p=0.0, seed=None, scale=None):
     """Raise ValueError where the arguments of `attention` do not fit together."""
+    check_kinds("attention", torch.Tensor, "a tensor", q=q, k=k, v=v)
+    check_kinds("attention", (torch.Tensor, type(None)), "a tensor or None", document_ids=document_ids)
+    check_kinds("attention", (int, torch.SymInt, type(None)), "a whole number or None", window=window, seed=seed)
+    check_kinds("attention", (float, int, torch.SymFloat, type(None)), "a number or None", scale=scale)
+    check_kinds("attention", (float, int, torch.SymFloat), "a number", dropout_p=dropout_p)
     if (q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3] or not k.shape[2]
             or q.shape[2] % k.shape[2]):
         raise ValueError(f"attention takes q (B, T, H, D) and k, v (B, S, H_kv, D) with H a multiple of H_kv, "
@@ -63,8 +70,15 @@ def check_attention(q, k, v, *, window=None, document_ids=None, dropout_p=0.0, s
         raise ValueError(f"dropout_p = {dropout_p} is not in [0, 1)")
     if seed is not None and not -2**63 <= seed < 2**63:
         raise ValueError(f"attention: seed = {seed} does not fit 64 bits")
-    if scale is not None and not -float("inf") < scale < float("inf"):
-        raise ValueError(f"attention: scale = {scale} is not a finite number")
+    if scale is not None and not abs(scale) < MAX_SCALE:
+        raise ValueError(f"attention: scale = {scale} is not a number below {MAX_SCALE:.0e}")
+
+
+def check_kinds(op, kinds, words, **given):
+    """Raise ValueError that names the argument that is of another type."""
+    for name, value in given.items():
+        if not isinstance(value, kinds):
+            raise ValueError(f"{op}: {name} = {value!r} is {type(value).__name__}, not {words}")
 
 
 def _visible(T, S, causal, window, document_ids, device):
@@ -118,6 +132,9 @@ def rms_norm(x, weight, eps, residual=None):
 
 def check_norm(op, x, eps, residual=None, dtypes=NORM_DTYPES, **parameters):
     """Raise ValueError where the arguments of `layer_norm` or `rms_norm` do not fit together."""
+    check_kinds(op, torch.Tensor, "a tensor", x=x)
+    check_kinds(op, (torch.Tensor, type(None)), "a tensor or None", residual=residual, **parameters)
+    check_kinds(op, (float, int, torch.SymFloat), "a number", eps=eps)
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_NORM_WIDTH:
         raise ValueError(f"{op}: x {tuple(x.shape)} must be (..., C) with C from 1 to {MAX_NORM_WIDTH}")
     given = {"x": x, "residual": residual, **parameters}

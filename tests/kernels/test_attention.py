@@ -188,6 +188,32 @@ def test_arguments_that_do_not_fit(shapes, options, message):
         kernels.attention(*qkv(**shapes), causal=True, **options)
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(q=[1.0]), r"q = \[1\.0\] is list, not a tensor"),
+    (dict(v=None), "v = None is NoneType, not a tensor"),
+    (dict(document_ids=[0, 1]), r"document_ids = \[0, 1\] is list, not a tensor or None"),
+    (dict(document_ids=torch.zeros(2, 7)), "document_ids are torch.float32; they must be integers"),
+    (dict(window=1.5), "window = 1.5 is float, not a whole number or None"),
+    (dict(seed="1"), "seed = '1' is str, not a whole number or None"),
+    (dict(seed=2**63), "seed = 9223372036854775808 does not fit 64 bits"),
+    (dict(scale="a"), "scale = 'a' is str, not a number or None"),
+    (dict(scale=float("nan")), "scale = nan is not a number below 1e"),
+    (dict(scale=1e40), "scale = 1e.40 is not a number below 1e"),
+    (dict(dropout_p=None), "dropout_p = None is NoneType, not a number"),
+    (dict(k=torch.zeros(2, 7, 4, 5, dtype=torch.bfloat16)), "k is torch.bfloat16, q torch.float32; all must be of one"),
+    (dict(k=torch.zeros(2, 7, 4, 5, device="meta")), "k is on meta, q on cpu; they must be on one device"),
+])
+def test_arguments_of_the_wrong_kind(options, message):
+    with pytest.raises(ValueError, match=f"attention: {message}"):
+        kernels.attention(**dict(zip("qkv", qkv())) | dict(causal=True) | options)
+
+
+def test_tensors_may_be_named():
+    """Regression: the public op took its first tensor by place only."""
+    q, k, v = qkv()
+    assert torch.equal(kernels.attention(q=q, k=k, v=v, causal=True), kernels.attention(q, k, v, causal=True))
+
+
 def test_shapes_that_do_not_fit():
     q, k, v = qkv()
     for wrong in ((q[0], k, v), (q, k[0], v[0]), (q, k, v[:, :3]), (q[..., :3], k, v), (q[:1], k, v)):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from compare import assert_close, check_error_ratio, check_op, run_op
 from test_attention import formula, qkv, visible
 
@@ -163,6 +164,20 @@ def test_saved_tensors_are_left_as_they_were():
         y = kernels.attention(*leaves, causal=True, window=30, document_ids=ids, dropout_p=0.2, seed=1)
     y.backward(torch.randn_like(y))
     assert len(saved) == 7 and all(torch.equal(x, copy) for x, copy in saved)
+
+
+def test_activation_checkpointing():
+    """Regression: the backward unpacked its saved tensors twice, which checkpointing refuses."""
+    leaves = [x.requires_grad_() for x in qkv(B=1, T=40, S=40, H=2, H_kv=1, D=16)]
+
+    def op(q, k, v):
+        return kernels.attention(q, k, v, causal=True, dropout_p=0.2)
+
+    grads = []
+    for run in (op, lambda *x: torch.utils.checkpoint.checkpoint(op, *x, use_reentrant=False)):
+        torch.manual_seed(0)
+        grads.append(torch.autograd.grad(run(*leaves).square().sum(), leaves))
+    assert all(map(torch.equal, *grads))
 
 
 def test_offsets_over_2_31_elements():

@@ -36,6 +36,9 @@ BAD = {
     "weight's device": (dict(weight=torch.ones(4, device="meta")), r"weight is on meta, x on cpu"),
     "residual's shape": (dict(residual=torch.zeros(1, 4)), r"residual \(1, 4\) must be \(3, 4\)"),
     "eps": (dict(eps=-1e-5), r"eps = -1e-05 is not a finite number of 0 or more"),
+    "eps is no number": (dict(eps="a"), r"eps = 'a' is str, not a number"),
+    "x is no tensor": (dict(x=[1.0]), r"x = \[1\.0\] is list, not a tensor"),
+    "weight is no tensor": (dict(weight=1.0), r"weight = 1\.0 is float, not a tensor or None"),
     "eps is NaN": (dict(eps=float("nan")), r"eps = nan is not"),
 }
 
