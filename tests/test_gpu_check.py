@@ -97,7 +97,7 @@ def test_plots_are_drawn_where_matplotlib_is_there(driver):
     assert result.code == 0 and result.last["plots"] == ["rms_norm.png"]
 
 
-def test_going_on_keeps_what_has_ended_and_tries_what_timed_out_last(driver, tmp_path):
+def test_going_on_keeps_what_passed_and_tries_the_others_again(driver, tmp_path):
     def steps(seconds):
         return [step("slow", "time.sleep(1.5)", seconds, alone=True), step("bad", BAD), step("good", GOOD),
                 step("last", GOOD, alone=True)]
@@ -105,12 +105,25 @@ def test_going_on_keeps_what_has_ended_and_tries_what_timed_out_last(driver, tmp
     first = driver(steps(0.2), "--steps", "slow", "bad", "good")
     assert first.ran[-1] == "slow" and first.last["timed_out"] == ["slow"]
     second = driver(steps(60))
-    assert second.ran == ["last", "slow"]
-    assert second.lines[:2] == ["bad: failed before", "good: passed before"]
+    assert second.ran == ["bad", "last", "slow"] and second.lines[0] == "good: passed before"
     assert second.last["failed"] == ["bad"] and second.last["passed"] == ["slow", "good", "last"]
-    assert driver(steps(60)).ran == []
+    assert driver(steps(60)).ran == ["bad"]
     log = (tmp_path / "out/gpu_check.log").read_text("utf-8")
-    assert log.count("===") == 5 and log.count("=== slow") == 2
+    assert log.count("===") == 7 and log.count("=== slow") == 2
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_other_step(driver, monkeypatch):
+    real, writes_left = gpu_check.write_durably, iter([OSError(28, "No space left on device")])
+
+    def write(*arguments):
+        if error := next(writes_left, None):
+            raise error
+        real(*arguments)
+
+    monkeypatch.setattr(gpu_check, "write_durably", write)
+    result = driver([step("one", GOOD, alone=True), step("other", GOOD, alone=True)])
+    assert any("could not be written: [Errno 28]" in line for line in result.lines)
+    assert result.code == 0 and [*result.record["steps"]] == ["one", "other"]
 
 
 def test_another_source_or_fresh_begins_anew(driver, monkeypatch):
@@ -221,6 +234,9 @@ def test_the_steps_are_all_checks_then_all_speeds():
 
 def test_a_crash_test_without_a_kill_in_a_save_passes():
     resume, = (step for step in gpu_steps.steps("cpu", []) if step.name == "resume")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_steps, "NEEDED_TO_RESUME", ("numpy", "not_installed"))
+        assert "resume" not in {step.name for step in gpu_steps.steps("cpu", [])}
     assert resume.passed(1, {"identical": 8, "kills": 8})
     assert not resume.passed(1, {"identical": 7, "kills": 8}) and not resume.passed(1, {})
 
