@@ -167,8 +167,8 @@ def attention_forward(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, out_ptr, 
                       CAUSAL: tl.constexpr):
     """out = softmax(scale · q kᵀ + mask) v and lse = log2 Σ 2^s, for BLOCK_M queries of one head.
 
-    One read of q, and of the visible k and v; one write of out (B, T, H, D), contiguous, and lse, whose B · H rows
-    begin `lse_row` apart.
+    One read of q, and of the visible k and v; one write of out (B, T, H, D), contiguous, and lse, whose B · H rows are
+    `lse_row` long, +inf beyond T.
     """
     block, head = _block_and_head(T, BLOCK_M)
     block = tl.cdiv(T, BLOCK_M) - 1 - block                                         # causal: the longest rows first
@@ -198,7 +198,7 @@ def attention_forward(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, out_ptr, 
     acc, top, total = _forward_blocks(
         acc, top, total, q, whole_last, last, k_ptr, v_ptr, document_ids_ptr, k_row, v_row, at, queries,
         documents, head, S, window, factor, seed_ptr, threshold, D, BLOCK_D, BLOCK_N, CAUSAL, True)
-    seen = total > 0
+    seen = (total > 0) & (queries < T)
     acc = acc * tl.where(seen, rescale / tl.where(seen, total, 1.0), 0.0)[:, None]
     lse = tl.where(seen, top + tl.math.log2(tl.where(seen, total, 1.0)), float("inf"))
     tl.store(lse_ptr + head * lse_row + queries, lse, mask=queries < lse_row)
@@ -259,8 +259,8 @@ def attention_backward_keys(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, gra
             inside = queries < T
             q = _load(q_ptr + b * q_batch + h * q_head, queries, q_row, T, D, BLOCK_D, True)            # (M, D)
             grad = _load(grad_ptr + b * grad_batch + h * grad_head, queries, grad_row, T, D, BLOCK_D, True)
-            lse = tl.load(lse_ptr + head * lse_row + queries, mask=inside, other=float("inf"))
-            delta = tl.load(delta_ptr + head * lse_row + queries, mask=inside, other=0.0)
+            lse = tl.load(lse_ptr + head * lse_row + queries, mask=queries < lse_row, other=float("inf"))
+            delta = tl.load(delta_ptr + head * lse_row + queries, mask=queries < lse_row, other=0.0)
             p = tl.math.exp2(dot(k, tl.trans(q)) * factor - lse[None, :])           # (N, M)
             if CAUSAL or window is not None or document_ids_ptr is not None or dq_ptr is not None:
                 documents = None
