@@ -134,9 +134,9 @@ def test_seeded_dropout_is_unbiased():
     """The mean over many draws is within 5 standard errors of the output without dropout, nearly everywhere."""
     q, k, v = qkv(B=1, H=2, H_kv=1, S=9)
     exact = formula(*(x.double() for x in (q, k, v)), causal=True)
-    q, k, v = (x.expand(10, -1, -1, -1) for x in (q, k, v))
+    q, k, v = (x.expand(4, -1, -1, -1) for x in (q, k, v))
     draws = torch.cat([kernels.attention(q, k, v, causal=True, dropout_p=0.25, seed=seed) for seed in range(10)])
-    z = (draws.double().mean(0) - exact[0]) / (draws.double().std(0) / 100 ** 0.5)
+    z = (draws.double().mean(0) - exact[0]) / (draws.double().std(0) / 40 ** 0.5)
     assert z.abs().max() < 5
     assert 0.6 < rms(z) < 1.4                           # of some 30 that are independent
 
