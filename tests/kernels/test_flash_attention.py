@@ -324,6 +324,12 @@ def test_what_the_kernels_do_not_take(change, message):
         kernels.attention(*qkv(**change), causal=True)
 
 
+def test_lengths_beyond_32_bits_are_refused():
+    x = torch.zeros(1, 1, 1, 16).expand(1, 2**30 + 1, 1, 16)
+    with pytest.raises(ValueError, match="attention: 1073741825 queries and 1073741825 keys; the Triton kernels "):
+        kernels.attention(x, x, x, causal=True)
+
+
 def test_tiles_for_every_gpu():
     """GPUs without rows of their own, and float32 everywhere, take those of capability 0."""
     from kernels.attention import TILES, tiles_for
