@@ -58,8 +58,8 @@ TILES = {
     (0, 4, 128): Tiles(*[((32, 32, 8, 1), (16, 32, 8, 1), (32, 16, 8, 1))] * 2),
     (0, 4, 256): Tiles(*[((32, 16, 8, 1), (16, 32, 8, 1), (32, 16, 8, 1))] * 2),
 }
-"""The largest that were found to spill no register and, but for capabilities 9 and 10, to fit the 99 KB of shared memory
-of a consumer GPU. `kernels.lint` shows both under the Triton that is installed. None was chosen by speed yet."""
+"""The largest that were found to spill no register and, but for capabilities 9 and 10, to fit the 99 KB of shared
+memory of a consumer GPU. `kernels.lint` shows both under the Triton that is installed. None was chosen by speed yet."""
 MOST_REGISTERS = 255
 """That a thread can have, said where ptxas would rather spill some of them, for programs that never come."""
 DELTA_BYTES = 8192
