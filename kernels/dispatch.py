@@ -95,9 +95,6 @@ def public(op: str):
     from kernels import reference
 
     plain = getattr(reference, op)
-    torch.compiler.assume_constant_result(path)         # when a caller is compiled, the choice is made once
-    torch.compiler.assume_constant_result(_import)      # which torch.compile cannot trace
-
     @functools.wraps(plain)
     def run(*arguments, **options):
         first = arguments[0] if arguments else next(iter(options.values()), None)
@@ -116,3 +113,7 @@ def _triton(op):
 
 def _import(op):
     importlib.import_module(f"kernels.{op}")
+
+
+for once in (path, _import):        # when a caller is compiled, the choice is made once, and nothing of it is traced
+    once._dynamo_marked_constant = True     # torch.compiler.assume_constant_result, without its import of the compiler

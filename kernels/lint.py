@@ -141,7 +141,7 @@ def disassemble(kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return subprocess.run([knobs.nvidia.nvdisasm.path, "-c", file.name], capture_output=True, text=True,
+        return subprocess.run([knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name], capture_output=True, text=True,
                               check=True).stdout
 
 

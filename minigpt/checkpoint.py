@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from minigpt.config import Config, make_config
 from minigpt.files import read_json, read_sealed, sha256_of, sync_directory, sync_file, write_durably, write_sealed
-from minigpt.optim import STATE_KEYS
+from minigpt.optim import Optimizer
 from minigpt.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -100,7 +100,7 @@ class Checkpoint:
             for name, tensor in model_tensors(model).items():
                 tensor.copy_(tensors[name])
 
-    def load_optimizers(self, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    def load_optimizers(self, model: torch.nn.Module, optimizers: list[Optimizer]) -> None:
         """Restore what `optimizer_tensors` gave when the checkpoint was saved."""
         path = self.path / "optimizer.safetensors"
         with _opened(path) as file:
@@ -121,9 +121,9 @@ class Checkpoint:
             found.setdefault(parameter_name, {})[key] = tensor.to(parameter.device)
         for name, state in found.items():
             optimizer = owners[id(parameters[name])]
-            if state.keys() != STATE_KEYS[type(optimizer)]:
+            if state.keys() != set(optimizer.STATE):
                 raise ValueError(f"{path}: {name} has the state {sorted(state)}, {type(optimizer).__name__} needs "
-                                 f"{sorted(STATE_KEYS[type(optimizer)])}")
+                                 f"{list(optimizer.STATE)}")
             optimizer.state[parameters[name]] = state
 
 
@@ -142,7 +142,7 @@ def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def optimizer_tensors(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: torch.nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
     """{parameter/key: tensor} of every optimizer's state."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {f"{names[id(parameter)]}/{key}": value for optimizer in optimizers

@@ -140,7 +140,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Run:
     found = checkpoint.find(path)
     found.check_depth()
     with torch.device("meta"):
-        found.check_model(GPT(found.config.model))
-    model = GPT(found.config.model).to(pick_device(device)).eval()
+        found.check_model(GPT(found.config.model, initial=False))
+    model = GPT(found.config.model, initial=False).to(pick_device(device)).eval()
     found.load_model(model)
     return Run(model, found.tokenizer, found.config, found.path)

@@ -16,6 +16,20 @@ import kernels
 from minigpt.config import ModelConfig
 
 
+class Linear(nn.Linear):
+    """Made with any numbers; `GPT.draw_weights` or a checkpoint fills it."""
+
+    def reset_parameters(self):
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Made with any numbers; `GPT.draw_weights` or a checkpoint fills it."""
+
+    def reset_parameters(self):
+        pass
+
+
 class LayerNorm(nn.Module):
     """With a residual: gives the norm of the sum and the sum, from one pass."""
 
@@ -57,8 +71,8 @@ class GeluMLP(nn.Module):
 
     def __init__(self, config, width):
         super().__init__()
-        self.up = nn.Linear(config.width, width, bias=config.bias)
-        self.down = nn.Linear(width, config.width, bias=config.bias)
+        self.up = Linear(config.width, width, bias=config.bias)
+        self.down = Linear(width, config.width, bias=config.bias)
 
     def forward(self, x):
         return self.down(kernels.gelu(F.linear(x, self.up.weight), self.up.bias, approximate="tanh"))
@@ -80,8 +94,8 @@ class SwigluMLP(nn.Module):
 
     def __init__(self, config, width):
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * width, bias=config.bias)
-        self.down = nn.Linear(width, config.width, bias=config.bias)
+        self.gate_up = Linear(config.width, 2 * width, bias=config.bias)
+        self.down = Linear(width, config.width, bias=config.bias)
 
     def forward(self, x):
         return self.down(kernels.swiglu(*self.gate_up(x).chunk(2, dim=-1)))
@@ -105,7 +119,7 @@ class LearnedPositions(NoPositions):
 
     def __init__(self, config):
         super().__init__(config)
-        self.embedding = nn.Embedding(config.context_length, config.width)
+        self.embedding = Embedding(config.context_length, config.width)
 
     def add(self, x, positions):
         return x + self.embedding(positions)
@@ -116,8 +130,9 @@ class RotaryPositions(NoPositions):
 
     def __init__(self, config):
         super().__init__(config)
-        inverse = config.rope_base ** (-torch.arange(0, config.D, 2, dtype=torch.float64) / config.D)   # (D/2,)
-        angles = torch.arange(config.context_length, dtype=torch.float64)[:, None] / config.rope_scale * inverse
+        float64 = dict(dtype=torch.float64, device="cpu")       # real also where the model is made on the meta device
+        inverse = config.rope_base ** (-torch.arange(0, config.D, 2, **float64) / config.D)                # (D/2,)
+        angles = torch.arange(config.context_length, **float64)[:, None] / config.rope_scale * inverse
         self.register_buffer("cos", angles.cos().float(), persistent=False)                            # (T_max, D/2)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
@@ -138,8 +153,8 @@ class Attention(nn.Module):
         self.layer, self.D = layer, config.D
         self.heads = [config.num_heads, config.H_kv, config.H_kv]
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.qkv = nn.Linear(config.width, sum(self.heads) * config.D, bias=qkv_bias)
-        self.out = nn.Linear(config.num_heads * config.D, config.width, bias=config.bias)
+        self.qkv = Linear(config.width, sum(self.heads) * config.D, bias=qkv_bias)
+        self.out = Linear(config.num_heads * config.D, config.width, bias=config.bias)
         self.q_norm = RMSNorm(config, config.D) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config, config.D) if config.qk_norm else nn.Identity()
         self.window = config.window or None
@@ -190,34 +205,37 @@ class GPT(nn.Module):
     """A decoder transformer, or with `causal=False` an encoder.
 
     `model(tokens)` takes (B, T) int64 and gives logits (B, T, V) in float32; `model.hidden` gives what the head reads,
-    for the fused loss. Initial weights are normal with `init_std` (GPT-2's scheme), drawn from torch's generator.
+    for the fused loss. With `initial=False` the weights are left for a checkpoint to fill.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, initial: bool = True):
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size is 0; give the tokenizer's vocab_size")
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = Embedding(config.vocab_size, config.width)
         self.positions = POSITIONS[config.position](config)
         self.blocks = nn.ModuleList(BLOCKS[config.norm_position](config, layer) for layer in range(config.depth))
         self.final_norm = NORMS[config.norm](config) if config.norm_position == "pre" else NoNorm()
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
         self.dropout = nn.Dropout(config.dropout)
-        self._init_weights()
+        if initial:
+            self.draw_weights()
 
     @torch.no_grad()
-    def _init_weights(self):
+    def draw_weights(self):
+        """Normal weights from torch's generator: std is `init_std`, less where the residual stream is added to (GPT-2).
+        """
         std = self.config.init_std
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Linear):
                 is_output = name.endswith((".out", ".down"))
                 module.weight.normal_(0.0, std / math.sqrt(2 * self.config.depth) if is_output else std)
                 if module.bias is not None:
                     module.bias.zero_()
-            elif isinstance(module, nn.Embedding):
+            elif isinstance(module, Embedding):
                 module.weight.normal_(0.0, std)
 
     def hidden(self, tokens, *, causal=True, document_ids=None, token_types=None, positions=None, cache=None):
@@ -258,5 +276,5 @@ class GPT(nn.Module):
         (arXiv 2204.02311, appendix B).
         """
         config = self.config
-        N = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
+        N = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
         return 6 * N + 12 * config.depth * config.num_heads * config.D * (context_length or config.context_length)

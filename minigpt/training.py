@@ -217,7 +217,7 @@ class Trainer:
     def add_gradients(self) -> dict:
         """The losses and, in the parameters, the gradients of the step's rows, cut into micro-batches."""
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         first, stop = self.state.rows, self.state.rows + self.rows_per_step
         batches = [self.objective.batch(self.dealer.rows(start, min(self.micro_batch, stop - start)), start)
                    for start in range(first, stop, self.micro_batch)]

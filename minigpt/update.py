@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from minigpt.optim import Optimizer
+
 
 class Unsound(Exception):
     """The loss or the weights show that something went wrong before; going back to a checkpoint mends it."""
@@ -19,7 +21,7 @@ class Spike(Unsound):
     """The loss of a batch is far above what the steps before had; the weights are as before."""
 
 
-def parameters_of(optimizers: list[torch.optim.Optimizer]) -> list[torch.nn.Parameter]:
+def parameters_of(optimizers: list[Optimizer]) -> list[torch.nn.Parameter]:
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 

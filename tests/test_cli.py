@@ -41,6 +41,15 @@ def fails(capsys, command, *arguments):
     return lines[0]
 
 
+def test_training_and_sampling_do_without_the_compiler(tmp_path, text_file):
+    """torch._dynamo takes as long to load as torch itself."""
+    code = ("import sys; from minigpt import cli; cli.train(sys.argv[2:]); cli.sample([sys.argv[1]])\n"
+            "print('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run"), *train_arguments(tmp_path, text_file)],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
 def test_sample_output(run, capsys):
     arguments = [str(run), "--prompt", "The king", "--max-new-tokens=20", "--seed=3"]
 

@@ -1,4 +1,4 @@
-"""Muon equals torch's, batched or one by one; every weight has one optimizer; schedules end where they should."""
+"""AdamW and Muon equal torch's; every weight has one optimizer; schedules end where they should."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from compare import assert_close
 from twins import random_model
 
 from minigpt.config import OptimConfig
-from minigpt.optim import Muon, make_optimizers, orthogonalize, schedule, set_learning_rate
+from minigpt.optim import AdamW, Muon, make_optimizers, orthogonalize, schedule, set_learning_rate
 
 SHAPES = [(16, 16), (48, 16), (16, 48), (5, 33), (33, 5), (1, 7), (7, 1)]
 
@@ -28,6 +28,16 @@ def steps(optimizer_class, starts, grads, **settings):
             parameter.grad = grad.clone()
         optimizer.step()
     return [parameter.detach() for parameter in parameters]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.3)], ids=str)
+def test_adamw_is_that_of_torch(settings):
+    starts = [matrices(shape)[0] for shape in SHAPES] + [torch.ones(3), torch.zeros(())]
+    grads = [[torch.randn(start.shape, generator=torch.Generator().manual_seed(seed)) for start in starts]
+             for seed in range(5)]
+    ours = steps(AdamW, starts, grads, **settings)
+    theirs = steps(torch.optim.AdamW, starts, grads, **settings, fused=True)
+    assert all(map(torch.equal, ours, theirs)) and not any(map(torch.equal, ours, starts))
 
 
 @pytest.mark.parametrize("momentum, weight_decay", [(0.95, 0.0), (0.9, 0.1), (0.0, 0.1)])
@@ -97,13 +107,17 @@ def test_a_batch_of_matrices_equals_one_by_one():
         assert_close(together[number] - start, alone - start, 1e-5)
 
 
-def test_parameters_without_a_gradient_stay():
+@pytest.mark.parametrize("optimizer_class", [AdamW, Muon])
+def test_parameters_without_a_gradient_stay(optimizer_class):
     start = matrices((4, 6), 2)
     parameters = [x.clone().requires_grad_() for x in start]
-    optimizer = Muon(parameters, lr=0.1, weight_decay=0.5)
+    optimizer = optimizer_class(parameters, lr=0.1, weight_decay=0.5)
     parameters[1].grad = torch.ones(4, 6)
     optimizer.step()
     assert torch.equal(parameters[0], start[0]) and not torch.equal(parameters[1], start[1])
+    assert list(optimizer.state) == [parameters[1]] and set(optimizer.state[parameters[1]]) == set(optimizer.STATE)
+    optimizer.zero_grad()
+    assert parameters[1].grad is None
 
 
 def test_muon_takes_matrices_only():

@@ -11,6 +11,21 @@ import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+if INTERPRETED:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_lang = interpreter._patch_lang
+
+    def patch_lang_once(function):
+        """As the interpreter's, which patches all of triton.language anew for every function that a kernel calls."""
+        used = [lang for lang in (tl, tl.core) if any(value is lang for value in function.__globals__.values())]
+        if any(tl.core.is_builtin(lang.load) for lang in used):
+            return patch_lang(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_lang_once
+
 
 def pytest_collection_modifyitems(config, items):
     elsewhere = [item for item in items if item.get_closest_marker("compiled" if INTERPRETED else "triton")]

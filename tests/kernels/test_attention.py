@@ -12,10 +12,11 @@ import kernels
 def visible(B, T, S, causal, window, document_ids):
     """(B, 1, T, S), key by key as the definition says it."""
     mask = torch.zeros(B, 1, T, S, dtype=torch.bool)
+    ids = document_ids if document_ids is None else document_ids.tolist()
     for b, i, j in itertools.product(range(B), range(T), range(S)):
         mask[b, 0, i, j] = ((not causal or j <= i + S - T)
                             and (window is None or i + S - T - j < window)
-                            and (document_ids is None or document_ids[b][i] == document_ids[b][j]))
+                            and (ids is None or ids[b][i] == ids[b][j]))
     return mask
 
 

@@ -8,9 +8,10 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import kernels
-from kernels import reference
+from kernels import dispatch, reference
 from kernels.dispatch import OPS
 
 ROOT = Path(kernels.__file__).parent.parent
@@ -79,6 +80,12 @@ def test_a_choice_that_cannot_run_raises_and_changes_nothing():
     hidden = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | {"CUDA_VISIBLE_DEVICES": ""},
                             capture_output=True, text=True)
     assert "ValueError: kernels = triton: " in hidden.stderr and "take auto or reference" in hidden.stderr
+
+
+def test_the_mark_of_what_is_traced_once_is_that_of_torch():
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) and vars(marked).items() <= vars(dispatch.path).items()
+    assert vars(marked).items() <= vars(dispatch._import).items()
 
 
 def test_an_unknown_op_is_an_attribute_error():
