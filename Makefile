@@ -1,5 +1,6 @@
 # make quickstart   install, train a GPT on Python's own library, print samples
 # make test         install, check the style, run all tests; needs no GPU and, once installed, no network
+# make proofs       what takes longer: more variants of the tests, and every kernel compiled for every architecture
 # make lint-kernels TRITON=3.6.0   compile every kernel under that release of Triton and read the machine code
 # make gpu-check OUT=results PEER=liger=FOLDER   on a GPU, with PYTHON as it is: check the kernels, then measure them
 # PYTHON=python3.12 picks the interpreter of .venv
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := .venv/.installed
 TESTS_INSTALLED := .venv/.tests-installed
 
-.PHONY: quickstart test lint lint-kernels gpu-check clean
+.PHONY: quickstart test proofs lint lint-kernels gpu-check clean
 
 quickstart: $(INSTALLED)
 	@$(BIN)/python train.py configs/quickstart.toml --resume
@@ -18,10 +19,15 @@ quickstart: $(INSTALLED)
 		--temperature 0.75 --top-p 0.9 --repetition-penalty 1.1
 
 test: $(TESTS_INSTALLED) lint
-	$(BIN)/python -m pytest -q -n 2 -m "not serial"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels
-	$(BIN)/python -m kernels.lint --arch sm_90
-	$(BIN)/python -m pytest -q -m serial
+	$(BIN)/python -m pytest -q -n 2 -m "not serial and not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" tests/kernels
+	$(BIN)/python -m kernels.lint --arch sm_90 --case "bfloat16 64" "bfloat16 128" /1024 /8192 /65536
+	$(BIN)/python -m pytest -q -m "serial and not slow"
+
+proofs: $(TESTS_INSTALLED)
+	$(BIN)/python -m pytest -q -n 2 -m "slow and not serial"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m slow tests/kernels
+	$(BIN)/python -m kernels.lint
 
 lint: $(TESTS_INSTALLED)
 	$(BIN)/ruff check .

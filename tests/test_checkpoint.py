@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from marks import slow
 from safetensors.torch import save_file
 from tiny import tiny_config
 
@@ -372,7 +373,7 @@ def test_a_save_that_breaks_off_leaves_the_others_as_they_were(run, monkeypatch,
     assert [path.name for path in checkpoint.in_run(run)] == [f"step-{step:08d}"]
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [4, slow(6)])
 def test_killed_at_any_operation_of_a_save_the_newest_checkpoint_is_whole(finished, tmp_path, step, capsys):
     """A child process is killed at its first, second, ... file operation, each time from the same beginning.
 

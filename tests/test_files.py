@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from marks import slow
 
 from minigpt.files import locked, read_json, read_sealed, sha256_of, write_durably, write_sealed
 
@@ -59,7 +60,7 @@ def test_a_lock_holds_between_processes_and_ends_with_a_killed_one(tmp_path):
         assert waits == [True]
 
 
-@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("indent", [None, slow(1)])
 def test_every_byte_of_a_sealed_file_counts(tmp_path, indent):
     path, content = tmp_path / "a.json", {"files": {"b": {"bytes": 3}}, "é": [1, 2]}
     write_sealed(path, content, indent)

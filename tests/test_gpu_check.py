@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from marks import slow
 
 import kernels
 from benchmarks import check_attention, check_machine, checks, gpu_check, gpu_steps, precision
@@ -168,7 +169,8 @@ gpu_check.main(["--device", "cpu", "--out", "out"])
 """
 
 
-@pytest.mark.parametrize("number, alone", [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, True)])
+@pytest.mark.parametrize("number, alone", [
+    slow(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, True)])
 def test_an_interrupted_check_goes_on(tmp_path, number, alone):
     def start(sleep):
         code = DRIVER.format(root=str(ROOT), tests=str(ROOT / "tests"), sleep=sleep, alone=alone)
@@ -241,6 +243,7 @@ def test_a_crash_test_without_a_kill_in_a_save_passes():
     assert not resume.passed(1, {"identical": 7, "kills": 8}) and not resume.passed(1, {})
 
 
+@pytest.mark.slow
 def test_real_steps(tmp_path):
     """A check in the interpreter and a benchmark, as they are."""
     steps = ["descriptors", "speed-attention-sdpa"]

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from test_training import metrics_of, run_lines
 from tiny import tiny_config
 
@@ -178,7 +179,7 @@ def test_a_spike_brings_back_the_last_checkpoint_and_passes_over_its_batch(tmp_p
         record["train_loss"] for record in metrics_of(plain)[60:]) - 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "float16"])
 def test_a_spike_before_the_first_checkpoint_passes_over_its_batch(tmp_path, noisy_file, dtype):
     """In float16 the loss scaler was left in the middle of a step."""
     config = tiny_config(tmp_path, noisy_file, *SPIKY, "--train.checkpoint_every=300", f"--train.dtype={dtype}")
@@ -201,8 +202,7 @@ class Small(objectives.CausalLM):
         return losses
 
 
-@pytest.mark.parametrize("room, micro_batch", [(1, 1), (2, 2), (3, 2), (7, 7)])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("room, micro_batch, accumulation", [(1, 1, 2), (2, 2, 1), (3, 2, 2), (7, 7, 1)])
 def test_too_little_memory_halves_the_micro_batch_to_the_same_result(tmp_path, text_file, monkeypatch, room,
                                                                      micro_batch, accumulation):
     """7 rows, halved to 4, 2 and 1, accumulate to the step of 7; it is said once."""

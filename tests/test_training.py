@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from tiny import make_text, tiny_config
 
 from minigpt import checkpoint, engine, training
@@ -32,8 +33,9 @@ def saved_steps(run):
     return [int(path.name[5:]) for path in reversed(checkpoint.in_run(run))]
 
 
-@pytest.mark.parametrize("objective", ["causal", "masked"])
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("objective, optimizer", [
+    ("causal", "muon"), ("masked", "adamw"), slow("causal", "adamw"),
+    slow("masked", "muon")])
 def test_it_learns(tmp_path, text_file, objective, optimizer):
     """The validation loss ends well below that of guessing every token by its frequency alone."""
     steps = {"causal": 120, "masked": 300}[objective]   # a masked row has a seventh of the targets

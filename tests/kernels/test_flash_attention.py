@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from compare import assert_close, check_error_ratio, check_op, run_op
+from marks import slow
 from test_attention import formula, qkv, visible
 
 import kernels
@@ -46,7 +47,7 @@ def test_one_pass(T, S, causal):
 
 @pytest.mark.parametrize("window", [1, 16, 40])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("T, S", [(70, 70), (33, 81), (60, 37)])
+@pytest.mark.parametrize("T, S", [(33, 81), slow(70, 70), slow(60, 37)])
 def test_windows(T, S, causal, window):
     check(qkv(B=1, T=T, S=S, H=2, H_kv=1, D=16), causal=causal, window=window)
 
@@ -109,7 +110,7 @@ def test_scores_far_below_zero_beside_missing_keys(deterministic):
     check([1 + q / 20, k / 20 - 10, v], 3e-4, causal=False, deterministic=deterministic, scale=1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float16)])
 @pytest.mark.parametrize("options", [dict(causal=True), dict(causal=False), dict(causal=True, window=20),
                                      dict(causal=True, deterministic=False)], ids=str)
 def test_half_precision_is_as_exact_as_plain_pytorch(options, dtype):
@@ -274,7 +275,7 @@ def test_one_pass_is_refused_where_determinism_is_asked_for():
 
 
 @pytest.mark.parametrize("S, given, deterministic", [
-    (20, "", True), (20, "", False), (9, "seed", True), (20, "document_ids seed", True)])
+    (20, "", False), (20, "document_ids seed", True), slow(20, "", True), slow(9, "seed", True)])
 def test_opcheck(S, given, deterministic):
     from kernels.attention import backward, forward
 
@@ -287,7 +288,8 @@ def test_opcheck(S, given, deterministic):
     torch.library.opcheck(forward, (*(x.requires_grad_() for x in (q, k, v)), ids, seed, *settings))
 
 
-@pytest.mark.parametrize("options", [dict(causal=True), dict(causal=False, window=9, dropout_p=0.2, seed=4)], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(causal=True), slow(dict(causal=False, window=9, dropout_p=0.2, seed=4))], ids=str)
 def test_a_compiled_caller_is_one_graph(options):
     compiled = torch.compile(lambda *x: kernels.attention(*x, **options), fullgraph=True, backend="aot_eager",
                              dynamic=True)
