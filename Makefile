@@ -27,6 +27,7 @@ test: $(TESTS_INSTALLED) lint
 proofs: $(TESTS_INSTALLED)
 	$(BIN)/python -m pytest -q -n 2 -m "slow and not serial"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m slow tests/kernels
+	$(BIN)/python -m pytest -q -m "slow and serial"
 	$(BIN)/python -m kernels.lint
 
 lint: $(TESTS_INSTALLED)

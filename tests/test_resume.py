@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from marks import slow
 from tiny import TINY
 
 from benchmarks import crash_test
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.serial
-@pytest.mark.parametrize("variant", crash_test.VARIANTS)
+@pytest.mark.parametrize("variant", [slow(name) if "spikes" not in name else name for name in crash_test.VARIANTS])
 def test_killed_at_a_random_instant_and_resumed_equals_never_stopped(tmp_path, monkeypatch, variant):
     """The crash test with one kill, within a save."""
     monkeypatch.setattr(crash_test, "VARIANTS", {variant: crash_test.VARIANTS[variant]})
