@@ -209,88 +209,138 @@ class _SquaredRelu(torch.autograd.Function):
 
 def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,
                          reduction="mean"):
-    """Cross-entropy of the logits hidden · weightᵀ, in float32.
+    """Cross-entropy of the logits z = hidden · weightᵀ, in float32, some rows at a time: they never exist in full.
 
-    hidden (..., C), weight (V, C), targets (...) int64, those equal to `ignore_index` left out. `softcap` c turns the
-    logits z into c · tanh(z / c). `z_loss` adds z_loss · logsumexp(z)² to each target's loss. `reduction`: "sum",
-    "mean" over the targets that count (0 where none does) or "none", the loss of each target, 0 where ignored.
+    hidden (..., C) and weight (V, C) floating, targets (...) int64 from 0 to V - 1 or `ignore_index`, which leaves a
+    target out. With lse = logsumexp(z) and e = label_smoothing (arXiv 1512.00567), the loss of a target y is
+    lse - (1 - e) z_y - e mean(z) + z_loss · lse² (arXiv 2204.02311). `softcap` c turns z into c · tanh(z / c) before.
+    `reduction`: "sum", "mean" over the targets that count (0 where none does) or "none", the loss of each target, 0
+    where ignored. Gives float32, and float64 for float64. Gradients are those of weight's and hidden's dtypes, the
+    weight's summed in float32. ValueError where the arguments do not fit together.
     """
-    if reduction not in ("sum", "mean", "none"):
-        raise ValueError(f"reduction {reduction!r} is none of: sum, mean, none")
-
+    check_linear_cross_entropy(hidden, weight, targets, ignore_index, label_smoothing, z_loss, softcap, reduction)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    rows, flat = hidden.flatten(0, -2), targets.flatten()                           # (N, C), (N,)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()   # or gradients were made that nobody asks for
+    losses = _LossEach if reduction == "none" else _LossSum
     with torch.autocast(device, enabled=False):
-        if reduction == "none":
-            losses = _cross_entropies(rows, weight, flat, ignore_index, label_smoothing, z_loss, softcap)
-            return losses.view(targets.shape)
-        if not torch.is_grad_enabled():
-            rows, weight = rows.detach(), weight.detach()       # or gradients were made that nobody asks for
-        total = _SumInChunks.apply(rows, weight, flat, ignore_index, label_smoothing, z_loss, softcap)
-    return total if reduction == "sum" else total / (flat != ignore_index).sum().clamp(min=1)
+        loss = losses.apply(hidden.flatten(0, -2), weight, targets.flatten(),
+                            (ignore_index, label_smoothing, z_loss, softcap))
+    return reduced(loss, targets, ignore_index, reduction)
 
 
-def _cross_entropies(hidden, weight, targets, ignore_index, label_smoothing, z_loss, softcap):
-    """The loss of each target, (N,), with all logits at once."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).float()                      # (N, V)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing,
-                             reduction="none")
-    return losses + z_loss * (logits.logsumexp(-1).square() * (targets != ignore_index)) if z_loss else losses
+def reduced(loss, targets, ignore_index, reduction):
+    """From the loss of each target for "none", else from their sum."""
+    if reduction == "none":
+        return loss.view(targets.shape)
+    return loss if reduction == "sum" else loss / (targets != ignore_index).sum().clamp(min=1)
 
 
-class _SumInChunks(torch.autograd.Function):
-    """The sum of `_cross_entropies`, some rows at a time, with both gradients made on the way.
+def check_linear_cross_entropy(hidden, weight, targets, ignore_index, label_smoothing, z_loss, softcap, reduction):
+    """Raise ValueError where the arguments of `linear_cross_entropy` do not fit together."""
+    op = "linear_cross_entropy"
+    check_kinds(op, torch.Tensor, "a tensor", hidden=hidden, weight=weight, targets=targets)
+    check_kinds(op, (int, torch.SymInt), "a whole number", ignore_index=ignore_index)
+    check_kinds(op, (float, int, torch.SymFloat), "a number", label_smoothing=label_smoothing, z_loss=z_loss)
+    check_kinds(op, (float, int, torch.SymFloat, type(None)), "a number or None", softcap=softcap)
+    if (hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or 0 in weight.shape
+            or hidden.shape[:-1] != targets.shape):
+        raise ValueError(f"{op} takes hidden (..., C), weight (V, C) and targets (...), not {tuple(hidden.shape)}, "
+                         f"{tuple(weight.shape)}, {tuple(targets.shape)}")
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if not x.is_floating_point():
+            raise ValueError(f"{op}: {name} is {x.dtype}; it must be floating")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"{op}: targets are {targets.dtype}; they must be torch.int64")
+    for name, x in (("weight", weight), ("targets", targets)):
+        if x.device != hidden.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, hidden on {hidden.device}; they must be on one device")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing = {label_smoothing} is not in [0, 1]")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"{op}: z_loss = {z_loss} is not a finite number of 0 or more")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap = {softcap} is not a finite number above 0")
+    if reduction not in ("sum", "mean", "none"):
+        raise ValueError(f"{op}: reduction {reduction!r} is none of: sum, mean, none")
 
-    A chunk's logits become, in place, their softmax and then their gradient, and are dropped before the next chunk's
-    are made: memory does not grow with N, and they stay in the cache. With lse = logsumexp(z), e = label_smoothing:
 
-        loss = lse - (1 - e) z_y - e mean(z) + z_loss lse²
-        d loss / d z = softmax(z) (1 + 2 z_loss lse) - (1 - e) [at y] - e / V,  times 1 - (z / c)² under a softcap c
-    """
+class _LossSum(torch.autograd.Function):
+    """The sum of all losses, with both gradients made on the way."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, label_smoothing, z_loss, softcap):
-        V, matrix = len(weight), weight.to(hidden.dtype)
-        total = torch.zeros((), device=hidden.device)
-        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        size = max(CHUNK_ROWS, CHUNK_LOGITS // V)
-        for start in range(0, len(hidden), size):
-            rows, target = hidden[start:start + size], targets[start:start + size, None]    # (n, C), (n, 1)
-            counts = target != ignore_index
-            target = target.where(counts, 0)
-            z = (rows @ matrix.T).float()                                           # (n, V)
-            if softcap is not None:
-                z.div_(softcap).tanh_()
-                slope = 1 - z.square()
-                z.mul_(softcap)
-            top, picked = z.amax(-1, keepdim=True), z.gather(1, target)             # (n, 1)
-            mean = z.mean(-1, keepdim=True) if label_smoothing else 0.0
-            sums = z.sub_(top).exp_().sum(-1, keepdim=True)
-            lse = sums.log() + top
-            loss = lse - (1 - label_smoothing) * picked - label_smoothing * mean + z_loss * lse.square()
-            total += loss.where(counts, 0.0).sum()
-            if hidden_grad is None and weight_grad is None:
-                continue
-            z.mul_(counts * (1 + 2 * z_loss * lse) / sums)
-            z.scatter_add_(1, target, counts * (label_smoothing - 1.0))
-            if label_smoothing:
-                z.sub_(counts * (label_smoothing / V))
-            if softcap is not None:
-                z.mul_(slope)
-            z = z.to(hidden.dtype)
-            if hidden_grad is not None:
-                torch.mm(z, matrix, out=hidden_grad[start:start + size])
-            if weight_grad is not None:
-                weight_grad += z.T @ rows
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        return total
+    def forward(ctx, hidden, weight, targets, settings):
+        losses, *grads = _losses_and_gradients(hidden, weight, targets, settings, 1.0, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*grads)
+        return losses.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(x if x is None else grad.to(x.dtype) * x for x in ctx.saved_tensors), *[None] * 5
+        return *(x if x is None else grad.to(x.dtype) * x for x in ctx.saved_tensors), None, None
+
+
+class _LossEach(torch.autograd.Function):
+    """The loss of each target; the backward makes the logits again, as only it knows what each loss counts."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, settings):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.settings = settings
+        return _losses_and_gradients(hidden, weight, targets, settings, 1.0, (False, False))[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        _, *grads = _losses_and_gradients(*ctx.saved_tensors, ctx.settings, grad[:, None], ctx.needs_input_grad[:2])
+        return *grads, None, None
+
+
+def _losses_and_gradients(hidden, weight, targets, settings, scales, wanted):
+    """The loss of each target (N,), and of their sum weighted by `scales` the gradients (N, C), (V, C) or None.
+
+    A chunk's logits become, in place, their softmax and then their gradient, and are dropped before the next chunk's
+    are made: memory does not grow with N, and they stay in the cache.
+
+        d loss / d z = softmax(z) (1 + 2 z_loss lse) - (1 - e) [at y] - e / V,  times 1 - (z / c)² under a softcap c
+    """
+    ignore_index, label_smoothing, z_loss, softcap = settings
+    V, matrix = len(weight), weight.to(hidden.dtype)
+    losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    hidden_grad = torch.empty_like(hidden) if wanted[0] else None
+    weight_grad = torch.zeros_like(weight, dtype=losses.dtype) if wanted[1] else None
+    scales = torch.as_tensor(scales, device=hidden.device).expand(len(hidden), 1)
+    size = max(CHUNK_ROWS, CHUNK_LOGITS // V)
+    for start in range(0, len(hidden), size):
+        chunk = slice(start, start + size)
+        rows, target = hidden[chunk], targets[chunk, None]                          # (n, C), (n, 1)
+        counts = target != ignore_index
+        target = target.where(counts, 0)
+        z = (rows @ matrix.T).to(losses.dtype)                                      # (n, V)
+        if softcap is not None:
+            z.div_(softcap).tanh_()
+            slope = 1 - z.square()
+            z.mul_(softcap)
+        top, picked = z.amax(-1, keepdim=True), z.gather(1, target)                 # (n, 1)
+        mean = z.mean(-1, keepdim=True) if label_smoothing else 0.0
+        sums = z.sub_(top).exp_().sum(-1, keepdim=True)
+        lse = sums.log() + top
+        loss = lse - (1 - label_smoothing) * picked - label_smoothing * mean + z_loss * lse.square()
+        losses[chunk] = loss.where(counts, 0.0)[:, 0]
+        if not any(wanted):
+            continue
+        scale = counts * scales[chunk]
+        z.mul_(scale * (1 + 2 * z_loss * lse) / sums)
+        z.scatter_add_(1, target, scale * (label_smoothing - 1.0))
+        if label_smoothing:
+            z.sub_(scale * (label_smoothing / V))
+        if softcap is not None:
+            z.mul_(slope)
+        z = z.to(hidden.dtype)
+        if hidden_grad is not None:
+            torch.mm(z, matrix, out=hidden_grad[chunk])
+        if weight_grad is not None:
+            weight_grad += z.T @ rows
+    return losses, hidden_grad, weight_grad if weight_grad is None else weight_grad.to(weight.dtype)

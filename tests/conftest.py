@@ -1,6 +1,7 @@
 """Shared by all tests: one thread each, no network, a cache of their own, and small corpora."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +14,10 @@ from tiny import make_text
 hypothesis.settings.register_profile("minigpt", deadline=None, derandomize=True, max_examples=100)
 hypothesis.settings.load_profile("minigpt")
 torch.set_num_threads(1)
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:   # as a shell starts what is to run in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
