@@ -31,6 +31,11 @@ def round_to(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+def multiprocessors(x: torch.Tensor) -> int:
+    """Of the GPU that holds x; 2 for the interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 

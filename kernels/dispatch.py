@@ -12,7 +12,7 @@ import os
 import sys
 
 OPS = ("attention", "layer_norm", "rms_norm", "rotary", "swiglu", "gelu", "squared_relu", "linear_cross_entropy")
-TRITON_OPS = ("attention", "layer_norm", "rms_norm", "linear_cross_entropy")
+TRITON_OPS = ("attention", "layer_norm", "rms_norm", "rotary", "swiglu", "gelu", "squared_relu", "linear_cross_entropy")
 CHOICES = ("auto", "triton", "reference")
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU: Ampere, the first with bfloat16."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common import Launch, round_to
+from kernels.common import Launch, multiprocessors, round_to
 from kernels.reference import MAX_NORM_WIDTH
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -281,17 +281,18 @@ def backward(grad, grad_total, total, weight, mean, rstd, grad_x, grad_weight, g
                               bias_sums_ptr=bias_sums, grad_total_stride=stride_of(grad_total)),
         dict(N=N, CENTRED=centred, ROWS=rows, BLOCK=block), dict(num_warps=warps, maxnreg=REGISTERS)))
     if grad_weight is not None or grad_bias is not None:
-        rows, block = PARTIALS if sums is None else PARTIALS_WIDE
-        launches.append(Launch(
-            _add_partials, (triton.cdiv(N, block),),
-            dict(weight_sums_ptr=weight_sums, bias_sums_ptr=bias_sums, grad_weight_ptr=grad_weight,
-                 grad_bias_ptr=grad_bias, P=programs, N=N), dict(ROWS=rows, BLOCK=block), dict(num_warps=4)))
+        launches.append(add_partials(weight_sums, bias_sums, grad_weight, grad_bias,
+                                     PARTIALS if sums is None else PARTIALS_WIDE))
     return launches
 
 
-def multiprocessors(x: Tensor) -> int:
-    """Of the GPU that holds x; 2 for the interpreter."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+def add_partials(weight_sums, bias_sums, grad_weight, grad_bias, tile=PARTIALS) -> Launch:
+    """What adds the rows of (P, N) sums, of both or of one, to (N,) gradients."""
+    P, N = (weight_sums if grad_bias is None else bias_sums).shape
+    rows, block = tile
+    return Launch(_add_partials, (triton.cdiv(N, block),),
+                  dict(weight_sums_ptr=weight_sums, bias_sums_ptr=bias_sums, grad_weight_ptr=grad_weight,
+                       grad_bias_ptr=grad_bias, P=P, N=N), dict(ROWS=rows, BLOCK=block), dict(num_warps=4))
 
 
 @torch.library.custom_op("minigpt::norm", mutates_args=())

@@ -161,15 +161,39 @@ def _wide(x):
 def rotary(q, k, cos, sin, positions=None):
     """Turn the pairs (x_i, x_{i + D/2}) of every head by its position's angles (arXiv 2104.09864).
 
-    q (B, T, H, D), k (B, T, H_kv, D); cos, sin (N, D/2) for positions 0 to N - 1; positions (T,) or (B, T), 0 to T - 1
-    unless given. Gives new (q, k).
+    q (B, T, H, D), k (B, T, H_kv, D), floating, D even; cos, sin (N, D/2) for positions 0 to N - 1; positions (T,) or
+    (B, T) integers, 0 to T - 1 unless given. Gives new (q, k); cos and sin get no gradient. ValueError where the
+    arguments do not fit.
     """
+    check_rotary(q, k, cos, sin, positions)
     if positions is None:
         cos, sin = cos[:q.shape[1]], sin[:q.shape[1]]
     else:
         cos, sin = cos[positions], sin[positions]                                   # (T, D/2) or (B, T, D/2)
-    cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)         # (..., T, 1, D/2)
+    cos, sin = (x.detach().unsqueeze(-2).to(q.dtype) for x in (cos, sin))           # (..., T, 1, D/2)
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def check_rotary(q, k, cos, sin, positions):
+    """Raise ValueError where the arguments of `rotary` do not fit together."""
+    check_kinds("rotary", (torch.Tensor, type(None)), "a tensor or None", positions=positions)
+    check_pointwise("rotary", "q", q, k=k, cos=cos, sin=sin)
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[3] % 2:
+        raise ValueError(f"rotary takes q (B, T, H, D) and k (B, T, H_kv, D) with D even, not {tuple(q.shape)}, "
+                         f"{tuple(k.shape)}")
+    if q.dtype != k.dtype:
+        raise ValueError(f"rotary: k is {k.dtype}, q {q.dtype}; they must be alike")
+    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != q.shape[3] // 2:
+        raise ValueError(f"rotary: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be (N, D/2), here "
+                         f"D = {q.shape[3]}")
+    if positions is None:
+        if len(cos) < q.shape[1]:
+            raise ValueError(f"rotary: {q.shape[1]} tokens, and cos and sin for {len(cos)} positions")
+    elif positions.shape not in (q.shape[1:2], q.shape[:2]) or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"rotary: positions {tuple(positions.shape)} {positions.dtype} must be (T,) or (B, T) "
+                         f"integers, here B = {q.shape[0]} and T = {q.shape[1]}")
+    elif positions.device != q.device:
+        raise ValueError(f"rotary: positions are on {positions.device}, q on {q.device}; they must be on one device")
 
 
 def _rotate(x, cos, sin):
@@ -178,18 +202,52 @@ def _rotate(x, cos, sin):
 
 
 def swiglu(gate, up):
-    """silu(gate) · up (arXiv 2002.05202)."""
+    """silu(gate) · up (arXiv 2002.05202); ValueError unless gate and up are of one shape and floating dtype."""
+    check_swiglu(gate, up)
     return F.silu(gate) * up
 
 
+def check_swiglu(gate, up):
+    """Raise ValueError where the arguments of `swiglu` do not fit together."""
+    check_pointwise("swiglu", "gate", gate, up=up)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"swiglu: up is {tuple(up.shape)} {up.dtype}, gate {tuple(gate.shape)} {gate.dtype}; they "
+                         "must be alike")
+
+
 def gelu(x, bias=None, approximate="tanh"):
-    """GELU of x + bias (arXiv 1606.08415), by erf ("none") or its tanh approximation."""
-    return F.gelu(x if bias is None else x + bias, approximate=approximate)
+    """GELU of x + bias (arXiv 1606.08415), by erf ("none") or its tanh approximation, in the dtype of x.
+
+    x (..., C) floating; bias (C,), in another dtype if need be, added in the wider of the two. ValueError where the
+    arguments do not fit.
+    """
+    check_gelu(x, bias, approximate)
+    return F.gelu(x if bias is None else x + bias, approximate=approximate).to(x.dtype)
+
+
+def check_gelu(x, bias, approximate):
+    """Raise ValueError where the arguments of `gelu` do not fit together."""
+    check_pointwise("gelu", "x", x, **({} if bias is None else dict(bias=bias)))
+    if bias is not None and (not x.dim() or bias.shape != x.shape[-1:]):
+        raise ValueError(f"gelu: bias {tuple(bias.shape)} must be (C,), as x is {tuple(x.shape)}")
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"gelu: approximate {approximate!r} is none of: tanh, none")
 
 
 def squared_relu(x):
-    """max(x, 0)² (arXiv 2109.08668)."""
+    """max(x, 0)² (arXiv 2109.08668); x floating."""
+    check_pointwise("squared_relu", "x", x)
     return _SquaredRelu.apply(x)
+
+
+def check_pointwise(op, name, x, **others):
+    """Raise ValueError unless all are floating tensors on one device."""
+    check_kinds(op, torch.Tensor, "a tensor", **{name: x}, **others)
+    for other, tensor in {name: x, **others}.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{op}: {other} is {tensor.dtype}; it must be floating")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {other} is on {tensor.device}, {name} on {x.device}; they must be on one device")
 
 
 class _SquaredRelu(torch.autograd.Function):

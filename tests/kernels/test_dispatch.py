@@ -29,7 +29,6 @@ def test_every_op_has_the_signature_of_its_reference():
 
 def test_explain_names_every_op_and_why():
     assert kernels.explain().keys() == set(OPS)
-    assert kernels.explain()["gelu"] == ("reference", "no Triton kernel exists")
     with kernels.use("reference"):
         assert chosen() == {("reference", "chosen")}
 

@@ -49,15 +49,15 @@ def test_strides_are_free(kind):
 
 def test_scores_depend_on_the_distance_alone():
     """With angles that grow with the position, q · k at (9, 4) is that at (7, 2), and not that at (7, 3)."""
-    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    angles = torch.arange(10, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    angles = torch.arange(10)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
 
     def score(i, j):
         turned, _ = kernels.rotary(q, k, angles.cos(), angles.sin(), torch.tensor([i]))
         _, other = kernels.rotary(q, k, angles.cos(), angles.sin(), torch.tensor([j]))
         return (turned * other).sum()
 
-    assert_close(score(9, 4), score(7, 2), 1e-12)
+    assert_close(score(9, 4), score(7, 2), 1e-5)
     assert abs(score(9, 4) - score(7, 3)) > 0.1
 
 
