@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 
 import torch
 import torch.nn.functional as F
@@ -113,15 +112,7 @@ def flex():
 def check_that_scores_fit(q, k, v):
     """Raise MemoryError before the machine is out of memory."""
     B, T, H, _ = q.shape
-    needed, free = SCORES_AT_ONCE * B * H * T**2 * q.element_size(), free_bytes(q.device)
-    if needed > free:
-        raise MemoryError(f"the scores would take {needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free")
-
-
-def free_bytes(device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    timing.check_memory("the scores", SCORES_AT_ONCE * B * H * T**2 * q.element_size(), q.device)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ SOURCES = ("kernels/*.py", "minigpt/*.py", "benchmarks/*.py", "tests/compare.py"
 """What results depend on."""
 FIRST_CHECKS = {"descriptors": 60, "compiled": 120, "training": 120, "repeats": 90}
 """{name: the most seconds}; then, of each type:"""
-CHECKS = ("attention-masks", "attention-heads", "attention-tiles", "attention-shapes", "layer_norm", "rms_norm")
+CHECKS = ("attention-masks", "attention-heads", "attention-tiles", "attention-shapes", "layer_norm", "rms_norm",
+          "linear_cross_entropy", "pointwise")
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_SECONDS_TO_DIE = 10
 """Of a killed process, until its end is no longer waited for."""
@@ -29,7 +30,10 @@ NEEDED_TO_RESUME = ("numpy", "safetensors", "sentencepiece")
 """By a training run, beside torch."""
 TINY = {"attention": ["--tokens", "64", "--width", "32", "--lengths", "32", "--head-sizes", "16", "--repeats", "2"],
         "layer_norm": ["--rows", "8", "--widths", "32", "--repeats", "2"],
-        "rms_norm": ["--rows", "8", "--widths", "32", "--repeats", "2"]}
+        "rms_norm": ["--rows", "8", "--widths", "32", "--repeats", "2"],
+        "linear_cross_entropy": ["--sizes", "8x8x40", "--repeats", "2"],
+        "activations": ["--rows", "8", "--widths", "32", "--repeats", "2"],
+        "rotary": ["--tokens", "32", "--lengths", "16", "--repeats", "2"]}
 """What benchmarks are given on a CPU."""
 
 
@@ -73,6 +77,9 @@ def steps(device: str, peers: list[str]) -> list[Step]:
         "attention-flex": ("attention", 120, ["flex"]),
         "rms_norm": ("rms_norm", 100, []),
         "layer_norm": ("layer_norm", 100, []),
+        "linear_cross_entropy": ("linear_cross_entropy", 90, []),
+        "activations": ("activations", 60, []),
+        "rotary": ("rotary", 60, []),
         "attention-plain": ("attention", 150, ["plain", "compiled"]),
     }
     for name, (op, seconds, paths) in speeds.items():

@@ -30,6 +30,8 @@ from minigpt.cli import Parser
 from minigpt.files import write_durably
 
 DIRECTIONS = ("forward", "backward")
+WITH_GRADIENTS = ("inference", "both")
+"""Of an op that makes its gradients on the way forward: without them, and forward and backward."""
 PEERS = {"liger": "liger_kernel"}
 """{name of a baseline from outside: the package that holds it}."""
 
@@ -207,15 +209,19 @@ def figures(case: Case, path: OpPath, direction: str, options: argparse.Namespac
 
 
 def calls_of(op: Callable, direction: str, sets: list, grads: list) -> list:
-    """A function without arguments for each set of tensors: the op, or the gradients of all that the op takes."""
+    """A function without arguments for each set of tensors: the op, the gradients of all that it takes, or both."""
     if direction == "forward":
         return [functools.partial(op, *tensors) for tensors in sets]
+    if direction == "inference":
+        return [torch.no_grad()(functools.partial(op, *tensors)) for tensors in sets]
+    if direction == "both":
+        return [lambda tensors=tensors: torch.autograd.grad(op(*tensors), tensors, grads) for tensors in sets]
     return [functools.partial(torch.autograd.grad, op(*tensors), tensors, grads, retain_graph=True)
             for tensors in sets]
 
 
 def _columns(words):
-    return "".join(f"{word!s:>10}" for word in words)
+    return "".join(f"{word!s:>13}" for word in words)
 
 
 def _shown(row, scale):

@@ -24,10 +24,10 @@ def table(result: dict) -> list[str]:
         rates.setdefault(case, {})[row["path"]] = "-" if rate is None else f"{rate:.4g}"
     widths = [max(9, len(path)) + 1 for path in paths]
     lines = [f"{result['benchmark']}, {result['dtype']}, {UNITS[result['rate']]}",
-             "".join(f"{head:>10}" for head in ("direction", *result["labels"]))
+             "".join(f"{head:>13}" for head in ("direction", *result["labels"]))
              + "".join(f"{path:>{width}}" for path, width in zip(paths, widths))]
     for case, row in sorted(rates.items(), key=lambda item: item[0][0], reverse=True):
-        lines.append("".join(f"{word:>10}" for word in case)
+        lines.append("".join(f"{word:>13}" for word in case)
                      + "".join(f"{row.get(path, ''):>{width}}" for path, width in zip(paths, widths)))
     return lines
 

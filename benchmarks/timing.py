@@ -7,6 +7,7 @@ them is not measured; on a CPU each call is timed by itself. Callers rotate inpu
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 
@@ -69,6 +70,18 @@ def peak_bytes(call, device: torch.device) -> int | None:
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def check_memory(what: str, num_bytes: int, device: torch.device) -> None:
+    """Raise MemoryError where so many bytes are not free, before the machine is out of memory."""
+    if num_bytes > (free := free_bytes(device)):
+        raise MemoryError(f"{what} would take {num_bytes / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free")
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def rotations(num_bytes: int, device: torch.device) -> int:

@@ -197,8 +197,10 @@ def main(arguments=None):
     shipped = [(op, arch, number) for op in options.op for arch in options.arch
                for number, case in enumerate(cases(op))
                if arch in case.archs and any(text in f"{op}/{case.name}" for text in options.case)]
-    failures = [f"{op} {arch}: no kernel is compiled" for op in options.op for arch in options.arch
-                if (op, arch) not in {(op, arch) for op, arch, _ in shipped}]
+    failures = [f"{op} {arch}: no kernel ships" for op in options.op for arch in options.arch
+                if not any(arch in case.archs for case in cases(op))]
+    failures += [f"--case {text!r} matches nothing" for text in options.case
+                 if not any(text in f"{op}/{cases(op)[number].name}" for op, _, number in shipped)]
     failures += [] if shipped else ["the table is empty"]
     rows = []
     width = max((len(f"{op}/{cases(op)[number].name}") for op, _, number in shipped), default=0)

@@ -18,9 +18,14 @@ SMALL = {
     "attention": ["--tokens", "32", "--width", "16", "--lengths", "8", "16", "--head-sizes", "8", "--masks", "causal"],
     "layer_norm": ["--rows", "8", "--widths", "16", "24"],
     "rms_norm": ["--rows", "8", "--widths", "16", "24"],
+    "linear_cross_entropy": ["--sizes", "16x8x40", "8x8x40"],
+    "activations": ["--rows", "8", "--widths", "16", "24", "--ops", "gelu"],
+    "rotary": ["--tokens", "32", "--lengths", "8", "16"],
 }
-PATH = {"attention": "plain", "layer_norm": "reference", "rms_norm": "reference"}
+PATH = dict.fromkeys(SMALL, "reference") | {"attention": "plain"}
 """One that exists everywhere."""
+LABEL = dict.fromkeys(SMALL, "width") | {"attention": "length", "rotary": "length", "linear_cross_entropy": "targets"}
+IN_FLOPS = {"attention", "linear_cross_entropy"}
 every_op = pytest.mark.parametrize("op", SMALL)
 
 
@@ -45,11 +50,12 @@ def test_a_benchmark(op, capsys, tmp_path):
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert result == json.loads(file.read_text("utf-8"))
-    ceiling = "matmul_tflop_per_s" if op == "attention" else "copy_tb_per_s"
+    ceiling = "matmul_tflop_per_s" if op in IN_FLOPS else "copy_tb_per_s"
     assert result["benchmark"] == op and result[ceiling] > 0 and result["torch"] and result["complete"]
-    label, sizes = ("length", (8, 16)) if op == "attention" else ("width", (16, 24))
-    assert [(row["direction"], row[label], row["path"]) for row in result["results"]] == [
-        (direction, size, PATH[op]) for size in sizes for direction in ("forward", "backward")]
+    sizes = (16, 8) if op == "linear_cross_entropy" else (8, 16) if LABEL[op] == "length" else (16, 24)
+    directions = harness.WITH_GRADIENTS if op == "linear_cross_entropy" else harness.DIRECTIONS
+    assert [(row["direction"], row[LABEL[op]], row["path"]) for row in result["results"]] == [
+        (direction, size, PATH[op]) for size in sizes for direction in directions]
     for row in result["results"]:
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] and row["peak_bytes"] is None
         share = row[f"share_of_{ceiling.partition('_')[0]}"]
@@ -92,7 +98,7 @@ def test_the_formula_of_attention_is_the_reference(S, options):
 
 
 def test_scores_that_do_not_fit_are_not_tried(capsys, monkeypatch):
-    monkeypatch.setattr(bench_attention, "free_bytes", lambda device: 6 * 4 * 2 * 32 * 8)    # enough for a length of 8
+    monkeypatch.setattr(timing, "free_bytes", lambda device: 6 * 4 * 2 * 32 * 8)    # enough for a length of 8
     run("attention", "--paths", "plain", "sdpa_flash")
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
     assert {(row["path"], row["length"]) for row in rows if "error" in row} == {("plain", 16)}
@@ -104,6 +110,9 @@ def test_scores_that_do_not_fit_are_not_tried(capsys, monkeypatch):
     ("layer_norm", ["--paths", "reference", "cudnn"], "no path cudnn here; there is: "),
     ("attention", ["--lengths", "8", "5"], "--lengths 5 does not divide 32"),
     ("attention", ["--head-sizes", "3"], "--head-sizes 3 does not divide 16"),
+    ("rotary", ["--lengths", "5"], "--lengths 5 does not divide 32"),
+    ("linear_cross_entropy", ["--sizes", "8x8"], "argument --sizes: '8x8' is not targets x width x vocabulary, as in "),
+    ("activations", ["--ops", "tanh"], "argument --ops: invalid choice: 'tanh'"),
     ("rms_norm", ["--rows", "0"], "argument --rows: '0' is not a whole number of at least 1"),
     ("rms_norm", ["--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no such folder"),
     ("rms_norm", ["--json", "/proc/x.json"], "--json: "),

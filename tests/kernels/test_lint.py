@@ -56,7 +56,7 @@ def test_a_spill_is_found_with_its_size(rows):
 
 
 def test_an_op_without_kernels_fails(toys):
-    assert "failed: empty sm_90: no kernel is compiled\n" in toys.stdout
+    assert "failed: empty sm_90: no kernel ships\n" in toys.stdout
 
 
 def test_failure_is_the_exit_code_and_the_compiler_s_message_is_shown(toys):
@@ -87,10 +87,10 @@ def test_good_kernels_pass(rows):
 
 
 def test_cases_are_picked_by_name(rows):
-    result = lint("--arch", "sm_90", "--op", "good", "narrow", "--case", "d/co", "good/p", "--json")
+    result = lint("--arch", "sm_90", "--op", "good", "narrow", "--case", "d/co", "good/p", "bad", "--json")
     report = json.loads(result.stdout.splitlines()[-1])
     assert [row["case"] for row in report["rows"]] == ["good/copy", "good/product"]
-    assert report["failures"] == ["narrow sm_90: no kernel is compiled"] and result.returncode == 1
+    assert report["failures"] == ["--case 'bad' matches nothing"] and result.returncode == 1
 
 
 def test_an_empty_table_fails():
