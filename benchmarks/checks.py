@@ -23,8 +23,8 @@ from benchmarks import harness
 from kernels import dispatch
 from minigpt.cli import Parser
 
-MODULES = ("check_attention", "check_norms", "check_pointwise", "check_linear_cross_entropy", "check_machine",
-           "check_model")
+MODULES = ("check_attention", "check_norms", "check_pointwise", "check_linear_cross_entropy", "check_inference",
+           "check_machine", "check_model")
 """Each has CHECKS: {name: function of the type of device that gives {case: function of no arguments}}."""
 
 

@@ -22,7 +22,7 @@ SOURCES = ("kernels/*.py", "minigpt/*.py", "benchmarks/*.py", "tests/compare.py"
 FIRST_CHECKS = {"descriptors": 60, "compiled": 120, "training": 120, "repeats": 90}
 """{name: the most seconds}; then, of each type:"""
 CHECKS = ("attention-masks", "attention-heads", "attention-tiles", "attention-shapes", "layer_norm", "rms_norm",
-          "linear_cross_entropy", "pointwise")
+          "linear_cross_entropy", "pointwise", "inference")
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_SECONDS_TO_DIE = 10
 """Of a killed process, until its end is no longer waited for."""
@@ -33,7 +33,9 @@ TINY = {"attention": ["--tokens", "64", "--width", "32", "--lengths", "32", "--h
         "rms_norm": ["--rows", "8", "--widths", "32", "--repeats", "2"],
         "linear_cross_entropy": ["--sizes", "8x8x40", "--repeats", "2"],
         "activations": ["--rows", "8", "--widths", "32", "--repeats", "2"],
-        "rotary": ["--tokens", "32", "--lengths", "16", "--repeats", "2"]}
+        "rotary": ["--tokens", "32", "--lengths", "16", "--repeats", "2"],
+        "decode_attention": ["--lengths", "16", "--repeats", "2"],
+        "quantized_linear": ["--sizes", "128", "--repeats", "2"]}
 """What benchmarks are given on a CPU."""
 
 
@@ -78,6 +80,8 @@ def steps(device: str, peers: list[str]) -> list[Step]:
         "rms_norm": ("rms_norm", 100, []),
         "layer_norm": ("layer_norm", 100, []),
         "linear_cross_entropy": ("linear_cross_entropy", 90, []),
+        "decode_attention": ("decode_attention", 60, []),
+        "quantized_linear": ("quantized_linear", 60, []),
         "activations": ("activations", 60, []),
         "rotary": ("rotary", 60, []),
         "attention-plain": ("attention", 150, ["plain", "compiled"]),

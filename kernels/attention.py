@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from kernels import flash_attention
-from kernels.common import Launch, next_power_of_2
+from kernels.common import MOST_REGISTERS, Launch, next_power_of_2
 from kernels.reference import check_attention
 
 MAX_HEAD_SIZE = 256
@@ -61,8 +61,6 @@ TILES = {
 }
 """The largest that were found to spill no register and, but for capabilities 9 and 10, to fit the 99 KB of shared
 memory of a consumer GPU. `kernels.lint` shows both under the Triton that is installed. None was chosen by speed yet."""
-MOST_REGISTERS = 255
-"""That a thread can have, said where ptxas would rather spill some of them, for programs that never come."""
 DELTA_BYTES = 8192
 """Of the output that a program of attention_delta reads."""
 

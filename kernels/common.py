@@ -12,6 +12,10 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether kernels run in Triton's interpreter, on the CPU."""
 
 
+MOST_REGISTERS = 255
+"""That a thread can have, said where ptxas would rather spill some of them, for programs that never come."""
+
+
 @triton.jit
 def dot(a, b):
     """a @ b with float32 accumulation; float32 inputs are not rounded to TF32."""
@@ -88,7 +92,7 @@ class Launch:
     def lint_case(self, name: str, **more) -> LintCase:
         """As a launch compiles it: integers that are 1 become constants, multiples of 16 are known as such."""
         types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
-                 torch.int64: "*i64", int: "i32", float: "fp32"}
+                 torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8", int: "i32", float: "fp32"}
         given = {key: value for key, value in self.arguments.items()
                  if value is not None and not (isinstance(value, int) and value == 1)}
         return LintCase(

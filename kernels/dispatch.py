@@ -1,8 +1,7 @@
 """Picks the implementation of every op in one place: "auto" takes what can run, a choice that cannot run raises.
 
 "auto" takes Triton for CUDA tensors where it can run, the PyTorch reference elsewhere. "triton" asks for it, and takes
-CPU tensors too where TRITON_INTERPRET=1 was set before Triton was imported. Ops without a Triton kernel are the
-reference on every choice.
+CPU tensors too where TRITON_INTERPRET=1 was set before Triton was imported.
 """
 
 import functools
@@ -11,8 +10,8 @@ import importlib.util
 import os
 import sys
 
-OPS = ("attention", "layer_norm", "rms_norm", "rotary", "swiglu", "gelu", "squared_relu", "linear_cross_entropy")
-TRITON_OPS = ("attention", "layer_norm", "rms_norm", "rotary", "swiglu", "gelu", "squared_relu", "linear_cross_entropy")
+OPS = ("attention", "decode_attention", "layer_norm", "rms_norm", "rotary", "swiglu", "gelu", "squared_relu",
+       "linear_cross_entropy", "quantized_linear")
 CHOICES = ("auto", "triton", "reference")
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU: Ampere, the first with bfloat16."""
@@ -48,8 +47,6 @@ def path(op: str, device: str) -> tuple[str, str]:
     """("triton" | "reference", why) of an op on a type of device. ValueError where the choice cannot run."""
     if _choice == "reference":
         return "reference", "chosen"
-    if op not in TRITON_OPS:
-        return "reference", "no Triton kernel exists"
     problem = obstacle(device)
     if _choice == "triton":
         if problem:

@@ -3,7 +3,7 @@
     python -m kernels.lint                              # sm_80, sm_90 and sm_100
     python -m kernels.lint --arch sm_90 --op layer_norm --json
 
-Each module of `kernels.dispatch.TRITON_OPS` lists its configurations in `lint_cases()`. The compiler is the installed
+Each module of `kernels.dispatch.OPS` lists its configurations in `lint_cases()`. The compiler is the installed
 Triton's, so its release decides the figures. Exit code 1 where a configuration does not compile, spills registers, has
 its WGMMAs serialized, needs more shared memory than there is, has a dot without the architecture's tensor cores or no
 wide loads in a memory kernel, or where nothing was compiled.
@@ -187,7 +187,7 @@ def text(value):
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m kernels.lint", description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=["sm_80", "sm_90", "sm_100"])
-    parser.add_argument("--op", nargs="+", choices=dispatch.TRITON_OPS, default=dispatch.TRITON_OPS)
+    parser.add_argument("--op", nargs="+", choices=dispatch.OPS, default=dispatch.OPS)
     parser.add_argument("--case", nargs="+", default=[""], metavar="TEXT", help="with one of the texts in op/case")
     parser.add_argument("--json", action="store_true", help="end with a line that is one JSON object")
     options = parser.parse_args(arguments)

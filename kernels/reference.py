@@ -104,6 +104,48 @@ def _attention_seeded_dropout(q, k, v, mask, dropout_p, seed, scale):
     return (weights * kept / (1 - dropout_p)).to(v.dtype) @ v
 
 
+def decode_attention(q, k_cache, v_cache, lengths, *, window=None, scale=None):
+    """Attention of one new token a row over the keys in its cache: softmax(scale · q kᵀ) v, head by head.
+
+    q (B, H, D), the new tokens' queries; k_cache, v_cache (B, S, H_kv, D), of the same floating dtype, H a multiple of
+    H_kv; gives (B, H, D). Row b sees keys 0 to lengths[b] - 1, with a `window` w the last w of these; lengths (B,)
+    integers from 0, which gives zeros, to S. What lies in the cache elsewhere is not read. `scale`: 1/sqrt(D) unless
+    given. No row depends on another. ValueError where the arguments do not fit.
+    """
+    check_decode_attention(q, k_cache, v_cache, lengths, window, scale)
+    rows = []
+    for row, length in enumerate(lengths.tolist()):
+        seen = slice(0 if window is None else max(0, length - window), length)
+        k, v = (cache[row:row + 1, seen].transpose(1, 2) for cache in (k_cache, v_cache))   # (1, H_kv, keys, D)
+        rows.append(F.scaled_dot_product_attention(q[row:row + 1, :, None], k, v, scale=scale,
+                                                   enable_gqa=q.shape[1] != k.shape[1])[:, :, 0] if length
+                    else torch.zeros_like(q[row:row + 1]))
+    return torch.cat(rows) if rows else torch.zeros_like(q)
+
+
+def check_decode_attention(q, k_cache, v_cache, lengths, window, scale):
+    """Raise ValueError where the arguments of `decode_attention` do not fit together."""
+    op = "decode_attention"
+    check_pointwise(op, "q", q, k_cache=k_cache, v_cache=v_cache)
+    check_kinds(op, torch.Tensor, "a tensor", lengths=lengths)
+    check_kinds(op, (int, torch.SymInt, type(None)), "a whole number or None", window=window)
+    check_kinds(op, (float, int, torch.SymFloat, type(None)), "a number or None", scale=scale)
+    if (q.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape or len(q) != len(k_cache)
+            or q.shape[2] != k_cache.shape[3] or not k_cache.shape[2] or q.shape[1] % k_cache.shape[2]):
+        raise ValueError(f"{op} takes q (B, H, D) and caches (B, S, H_kv, D) with H a multiple of H_kv, not "
+                         f"{tuple(q.shape)}, {tuple(k_cache.shape)}, {tuple(v_cache.shape)}")
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} is {x.dtype}, q {q.dtype}; all must be of one floating dtype")
+    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64) or lengths.device != q.device:
+        raise ValueError(f"{op}: lengths {tuple(lengths.shape)} {lengths.dtype} on {lengths.device} must be "
+                         f"({len(q)},) integers on {q.device}")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window = {window}; the least is 1")
+    if scale is not None and not 0 < scale < MAX_SCALE:
+        raise ValueError(f"{op}: scale = {scale} is not between 0 and {MAX_SCALE:.0e}")
+
+
 def layer_norm(x, weight, bias, eps, residual=None):
     """(x - mean) / sqrt(var + eps) · weight + bias over the last dimension (arXiv 1607.06450); computed in float32.
 
@@ -263,6 +305,71 @@ class _SquaredRelu(torch.autograd.Function):
     def backward(ctx, grad):
         positive, = ctx.saved_tensors
         return grad * positive * 2
+
+
+def quantized_linear(x, packed_weight, scales, bias=None):
+    """x Wᵀ + bias, W in whole numbers of 8 or 4 bits times a scale for each group of a row: W = q · scale.
+
+    x (..., K) floating. packed_weight: int8 (N, K), or uint8 (N, K/2) with two numbers of 4 bits in a byte, each stored
+    plus 8: byte i of a group has its i-th number in the low half and, in the high one, the i-th of its second half.
+    scales (N, G), floating, K a multiple of G: those of the groups of K/G numbers in turn.
+    bias (N,) or None. Gives (..., N) in the dtype of x; the gradient is that of x alone. `quantize` makes the packed
+    weight and the scales. ValueError where the arguments do not fit.
+    """
+    check_quantized_linear(x, packed_weight, scales, bias)
+    return F.linear(x, dequantize(packed_weight, scales.detach()).to(x.dtype),
+                    None if bias is None else bias.detach().to(x.dtype))
+
+
+def quantize(weight, bits, group_size=None):
+    """(packed weight, scales) of a floating weight (N, K) for `quantized_linear`; 8 or 4 bits, by row unless grouped.
+
+    scale = max |w| / 127 or / 7 of a group, q = round(w / scale): symmetric, nearest. Scales are float32. ValueError
+    for other bits, a group size that does not divide K, an odd K at 4 bits, or numbers that are not finite.
+    """
+    if bits not in (8, 4):
+        raise ValueError(f"quantize: bits = {bits} is none of: 8, 4")
+    N, K = weight.shape
+    group_size = K if group_size is None else group_size
+    if group_size < 1 or K % group_size or bits == 4 and group_size % 2:
+        raise ValueError(f"quantize: group_size = {group_size} must divide K = {K}{', and be even' * (bits == 4)}")
+    groups = weight.detach().float().view(N, K // group_size, group_size)
+    if not groups.isfinite().all():
+        raise ValueError("quantize: the weight holds numbers that are not finite")
+    most = 2 ** (bits - 1) - 1
+    scales = groups.abs().amax(-1) / most                                           # (N, G)
+    whole = (groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round().clamp(-most, most)
+    if bits == 8:
+        return whole.to(torch.int8).view(N, K), scales
+    low, high = (whole + 8).to(torch.uint8).chunk(2, -1)                            # (N, G, group_size / 2)
+    return (low | high << 4).view(N, K // 2), scales
+
+
+def dequantize(packed_weight, scales):
+    """The (N, K) weight in the dtype of the scales."""
+    groups = packed_weight.unflatten(1, (scales.shape[1], -1))
+    if packed_weight.dtype == torch.uint8:
+        groups = torch.cat((groups & 15, groups >> 4), dim=-1).to(torch.int8) - 8
+    return (groups * scales[..., None]).flatten(1)                                  # (N, G, K/G) to (N, K)
+
+
+def check_quantized_linear(x, packed_weight, scales, bias):
+    """Raise ValueError where the arguments of `quantized_linear` do not fit together."""
+    op = "quantized_linear"
+    check_pointwise(op, "x", x, scales=scales, **({} if bias is None else dict(bias=bias)))
+    check_kinds(op, torch.Tensor, "a tensor", packed_weight=packed_weight)
+    if packed_weight.dtype not in (torch.int8, torch.uint8) or packed_weight.device != x.device:
+        raise ValueError(f"{op}: packed_weight is {packed_weight.dtype} on {packed_weight.device}; it must be "
+                         f"torch.int8, or torch.uint8 for 4 bits, on {x.device}")
+    if packed_weight.dim() != 2 or scales.dim() != 2 or not x.dim():
+        raise ValueError(f"{op} takes x (..., K), packed_weight (N, K or K/2), scales (N, G), not {tuple(x.shape)}, "
+                         f"{tuple(packed_weight.shape)}, {tuple(scales.shape)}")
+    in_a_byte = 2 if packed_weight.dtype == torch.uint8 else 1
+    N, K, G = packed_weight.shape[0], packed_weight.shape[1] * in_a_byte, scales.shape[1]
+    if x.shape[-1] != K or len(scales) != N or not G or K % (G * in_a_byte) or (
+            bias is not None and bias.shape != (N,)):
+        raise ValueError(f"{op}: a weight of N = {N}, K = {K} does not go with x {tuple(x.shape)}, scales "
+                         f"{tuple(scales.shape)}" + (f" and bias {tuple(bias.shape)}" if bias is not None else ""))
 
 
 def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,

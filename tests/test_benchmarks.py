@@ -21,10 +21,17 @@ SMALL = {
     "linear_cross_entropy": ["--sizes", "16x8x40", "8x8x40"],
     "activations": ["--rows", "8", "--widths", "16", "24", "--ops", "gelu"],
     "rotary": ["--tokens", "32", "--lengths", "8", "16"],
+    "decode_attention": ["--lengths", "8", "16"],
+    "quantized_linear": ["--sizes", "128", "--rows", "1"],
 }
 PATH = dict.fromkeys(SMALL, "reference") | {"attention": "plain"}
 """One that exists everywhere."""
-LABEL = dict.fromkeys(SMALL, "width") | {"attention": "length", "rotary": "length", "linear_cross_entropy": "targets"}
+LABELS = dict.fromkeys(SMALL, ("width", (16, 24))) | dict.fromkeys(
+    ("attention", "rotary", "decode_attention"), ("length", (8, 16))) | {
+    "linear_cross_entropy": ("targets", (16, 8)), "quantized_linear": ("bits", (8, 4))}
+DIRECTIONS = dict.fromkeys(SMALL, harness.DIRECTIONS) | {
+    "linear_cross_entropy": harness.WITH_GRADIENTS, "decode_attention": ("inference",),
+    "quantized_linear": ("inference",)}
 IN_FLOPS = {"attention", "linear_cross_entropy"}
 every_op = pytest.mark.parametrize("op", SMALL)
 
@@ -52,10 +59,9 @@ def test_a_benchmark(op, capsys, tmp_path):
     assert result == json.loads(file.read_text("utf-8"))
     ceiling = "matmul_tflop_per_s" if op in IN_FLOPS else "copy_tb_per_s"
     assert result["benchmark"] == op and result[ceiling] > 0 and result["torch"] and result["complete"]
-    sizes = (16, 8) if op == "linear_cross_entropy" else (8, 16) if LABEL[op] == "length" else (16, 24)
-    directions = harness.WITH_GRADIENTS if op == "linear_cross_entropy" else harness.DIRECTIONS
-    assert [(row["direction"], row[LABEL[op]], row["path"]) for row in result["results"]] == [
-        (direction, size, PATH[op]) for size in sizes for direction in directions]
+    label, sizes = LABELS[op]
+    assert [(row["direction"], row[label], row["path"]) for row in result["results"]] == [
+        (direction, size, PATH[op]) for size in sizes for direction in DIRECTIONS[op]]
     for row in result["results"]:
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] and row["peak_bytes"] is None
         share = row[f"share_of_{ceiling.partition('_')[0]}"]
@@ -110,6 +116,7 @@ def test_scores_that_do_not_fit_are_not_tried(capsys, monkeypatch):
     ("layer_norm", ["--paths", "reference", "cudnn"], "no path cudnn here; there is: "),
     ("attention", ["--lengths", "8", "5"], "--lengths 5 does not divide 32"),
     ("attention", ["--head-sizes", "3"], "--head-sizes 3 does not divide 16"),
+    ("quantized_linear", ["--sizes", "100"], "--sizes 100 is no multiple of 128"),
     ("rotary", ["--lengths", "5"], "--lengths 5 does not divide 32"),
     ("linear_cross_entropy", ["--sizes", "8x8"], "argument --sizes: '8x8' is not targets x width x vocabulary, as in "),
     ("activations", ["--ops", "tanh"], "argument --ops: invalid choice: 'tanh'"),

@@ -231,7 +231,7 @@ def test_the_steps_are_all_checks_then_all_speeds():
                    for step in speeds)
         assert {step.command[1] for step in speeds} == {
             f"benchmarks.bench_{op}" for op in ("attention", "layer_norm", "rms_norm", "linear_cross_entropy",
-                                                "activations", "rotary")}
+                                                "activations", "rotary", "decode_attention", "quantized_linear")}
         assert [step.name for step in steps if not step.decides][0] == "descriptors"
 
 
