@@ -141,7 +141,7 @@ class Call:
         grad = rows_of(grad)
         rows = DELTA_BYTES // (self.head["BLOCK_D"] * grad.itemsize)
         make_delta = Launch(
-            flash_attention.attention_delta, (triton.cdiv(self.T, rows) * self.B * self.H,),
+            flash_attention.attention_delta, (triton.cdiv(delta.shape[2], rows) * self.B * self.H,),
             dict(out_ptr=out, grad_ptr=grad, delta_ptr=delta, lse_row=delta.stride(1), T=self.T, H=self.H,
                  **strides(grad, "grad")),
             self.head | dict(BLOCK_M=rows), dict(num_warps=4, maxnreg=MOST_REGISTERS))

@@ -209,7 +209,7 @@ def attention_forward(q_ptr, k_ptr, v_ptr, document_ids_ptr, seed_ptr, out_ptr, 
 def attention_delta(out_ptr, grad_ptr, delta_ptr, grad_batch, grad_row, grad_head, lse_row, T, H, D: tl.constexpr,
                     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     """delta = Σ_d out · grad, the part of the softmax's gradient that a whole row shares; it is laid out as lse."""
-    block, head = _block_and_head(T, BLOCK_M)
+    block, head = _block_and_head(lse_row, BLOCK_M)
     b, h = head // H, head % H
     queries = block * BLOCK_M + tl.arange(0, BLOCK_M)
     out = _load(out_ptr + (b * T * H + h) * D, queries, H * D, T, D, BLOCK_D, True).to(tl.float32)
