@@ -6,6 +6,7 @@ Tests marked `triton` are about the kernels alone and run in the interpreter onl
 import os
 
 import pytest
+import torch
 
 import kernels
 
@@ -32,6 +33,14 @@ def pytest_collection_modifyitems(config, items):
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def memory_holds_nan():
+    """Memory that nothing was written to, which torch fills with NaN where algorithms are to be deterministic."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
