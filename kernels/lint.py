@@ -93,6 +93,7 @@ def lint(case: LintCase, arch: str) -> dict:
         f"spills {row['spill_bytes']} bytes": row["spill_bytes"],
         "WGMMA serialized": "serialized" in log,
         f"shared memory over {limits.shared}": row["shared_bytes"] > limits.shared,
+        "more registers than an SM has": REGISTERS < row["registers"] * 32 * row["warps"],
         f"dot without {limits.tensor_core}": case.kind == "dot" and limits.tensor_core not in tensor_core,
         "dot without tensor cores": case.kind == "small dot" and not tensor_core,
         "no wide loads": case.kind == "memory" and not (row["loads"][0] or row["cp_async"][0] or row["tma_loads"]),

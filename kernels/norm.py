@@ -9,6 +9,8 @@ Legend: M rows, N width, P programs, each with its row of (P, N) partial sums, w
 order.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -23,11 +25,14 @@ FORWARD = {64: (64, 4), 128: (32, 4), 256: (16, 4), 512: (8, 4), 1024: (4, 4), 2
 """{largest width: (rows at a time, warps)} with a whole row in registers, 32 numbers a thread."""
 FORWARD_WIDE = (4096, 8)
 """(columns at a time, warps) for wider rows, which are read twice, the second time from L2."""
-BACKWARD = {64: (64, 8), 128: (32, 8), 256: (16, 8), 512: (8, 8), 1024: (4, 8), 2048: (1, 4), 4096: (1, 8),
-            8192: (1, 16)}
-"""As FORWARD, 16 numbers a thread: beside the row, the sums of two gradients stay in registers."""
-BACKWARD_WIDE = (1024, 4, 8)
-"""(columns at a time, rows at a time, warps) for wider rows, whose sums another kernel makes first."""
+BACKWARD = {2: {64: (64, 8), 128: (32, 8), 256: (16, 8), 512: (8, 8), 1024: (4, 8), 2048: (1, 4), 4096: (1, 8),
+                8192: (1, 16)},
+            4: {64: (32, 8), 128: (16, 8), 256: (8, 8), 512: (4, 8), 1024: (2, 8), 2048: (1, 8), 4096: (1, 16)}}
+"""{bytes of a number of the sum: as FORWARD}, 16 numbers a thread, or 8: beside the row, the sums of two gradients stay
+in registers."""
+BACKWARD_WIDE = {2: (1024, 4, 8), 4: (1024, 2, 8)}
+"""{bytes of a number of the sum: (columns at a time, rows at a time, warps)} for wider rows, whose sums another kernel
+makes first."""
 PARTIALS, PARTIALS_WIDE = (64, 32), (8, 512)
 """(rows at a time, columns of a program) of the partial sums, of which wide rows have few."""
 THREADS_PER_SM = 512
@@ -148,8 +153,8 @@ def _row_sums(grad_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, M, 
 
 @triton.jit
 def _norm_backward(grad_ptr, grad_total_ptr, total_ptr, weight_ptr, mean_ptr, rstd_ptr, sums_ptr, grad_x_ptr,
-                   weight_sums_ptr, bias_sums_ptr, M, grad_stride, grad_total_stride, total_stride, N: tl.constexpr,
-                   CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                   narrow_ptr, weight_sums_ptr, bias_sums_ptr, M, grad_stride, grad_total_stride, total_stride,
+                   N: tl.constexpr, CENTRED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Every P-th group of ROWS rows, in BLOCK columns: all of them unless the rows' sums are given."""
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -181,8 +186,10 @@ def _norm_backward(grad_ptr, grad_total_ptr, total_ptr, weight_ptr, mean_ptr, rs
         grad_x *= rstd[:, None]
         if grad_total_ptr is not None:
             grad_x += _load(grad_total_ptr, rows, grad_total_stride, cols, inside)
-        grad_x = round_to(grad_x, grad_x_ptr.dtype.element_ty)
-        tl.store(grad_x_ptr + rows[:, None] * N + cols[None, :], grad_x, mask=inside)
+        offsets = rows[:, None] * N + cols[None, :]
+        tl.store(grad_x_ptr + offsets, round_to(grad_x, grad_x_ptr.dtype.element_ty), mask=inside)
+        if narrow_ptr is not None:
+            tl.store(narrow_ptr + offsets, round_to(grad_x, narrow_ptr.dtype.element_ty), mask=inside)
     partial = tl.program_id(0) * N + cols
     if weight_sums_ptr is not None:
         tl.store(weight_sums_ptr + partial, tl.sum(sum_weight, 0), mask=cols < N)
@@ -212,17 +219,19 @@ def _add_columns(sums_ptr, grad_ptr, P, cols, N, ROWS: tl.constexpr, BLOCK: tl.c
 
 
 def lint_cases(centred: bool):
-    """Every configuration of the tables, in bfloat16 with a residual and float32 parameters."""
-    for N in sorted(FORWARD | BACKWARD) + [MAX_NORM_WIDTH]:
+    """Every configuration of the tables, in bfloat16 with float32 parameters and a residual in either."""
+    for N, dtype in itertools.product([*FORWARD, MAX_NORM_WIDTH], (torch.bfloat16, torch.float32)):
         x, weight = torch.empty(4096, N, dtype=torch.bfloat16, device="meta"), torch.empty(N, device="meta")
+        residual, narrow = (x, None) if dtype == x.dtype else (x.to(dtype), x)
         bias = weight if centred else None
         rstd = torch.empty(4096, device="meta")
         mean = rstd if centred else None
-        yield forward(x, weight, bias, x, x, x, mean, rstd, 1e-5, centred).lint_case(str(N))
-        *rows, parameters = backward(x, x, x, weight, mean, rstd, x, weight, bias, centred)
+        name = f"{N} {str(dtype).removeprefix('torch.')}"
+        yield forward(x, weight, bias, residual, x, residual, mean, rstd, 1e-5, centred).lint_case(name)
+        *rows, parameters = backward(x, residual, residual, weight, mean, rstd, residual, narrow, weight, bias, centred)
         for launch in rows:
-            yield launch.lint_case(str(N))
-        if N in (max(BACKWARD), MAX_NORM_WIDTH):        # each for all widths up to it
+            yield launch.lint_case(name)
+        if N in (max(BACKWARD[2]), MAX_NORM_WIDTH) and narrow is None:  # each for all widths up to it
             yield parameters.lint_case(str(N))
 
 
@@ -257,28 +266,33 @@ def forward(x, weight, bias, residual, y, total, mean, rstd, eps, centred) -> La
     return Launch(_norm_wide, (M,), arguments, dict(N=N, CENTRED=centred, BLOCK=block), dict(num_warps=warps))
 
 
-def backward(grad, grad_total, total, weight, mean, rstd, grad_x, grad_weight, grad_bias, centred) -> list[Launch]:
-    """What writes grad_x, grad_weight and grad_bias; grad, grad_total and total are rows."""
+def backward(grad, grad_total, total, weight, mean, rstd, grad_x, narrow, grad_weight, grad_bias,
+             centred) -> list[Launch]:
+    """What writes grad_x, the same in another dtype to narrow, grad_weight and grad_bias.
+
+    grad, grad_total and total are rows.
+    """
     M, N = total.shape
     launches, sums = [], None
     common = dict(grad_ptr=grad, total_ptr=total, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd)
     sizes = dict(M=M, grad_stride=grad.stride(0), total_stride=total.stride(0))
-    if config := fitting(BACKWARD, N):
+    if config := fitting(BACKWARD[total.itemsize], N):
         block, rows, warps = config
     else:
         sums = total.new_empty(2, M, dtype=torch.float32)
         block, warps = FORWARD_WIDE
         launches.append(Launch(_row_sums, (M,), common | sizes | dict(sums_ptr=sums),
                                dict(N=N, CENTRED=centred, BLOCK=block), dict(num_warps=warps)))
-        block, rows, warps = BACKWARD_WIDE
+        block, rows, warps = BACKWARD_WIDE[total.itemsize]
     columns = triton.cdiv(N, block)
     programs = max(1, min(triton.cdiv(M, rows), multiprocessors(total) * THREADS_PER_SM // (32 * warps) // columns))
     weight_sums, bias_sums = (None if grad is None else total.new_empty(programs, N, dtype=torch.float32)
                               for grad in (grad_weight, grad_bias))
     launches.append(Launch(
         _norm_backward, (programs, columns),
-        common | sizes | dict(grad_total_ptr=grad_total, sums_ptr=sums, grad_x_ptr=grad_x, weight_sums_ptr=weight_sums,
-                              bias_sums_ptr=bias_sums, grad_total_stride=stride_of(grad_total)),
+        common | sizes | dict(grad_total_ptr=grad_total, sums_ptr=sums, grad_x_ptr=grad_x, narrow_ptr=narrow,
+                              weight_sums_ptr=weight_sums, bias_sums_ptr=bias_sums,
+                              grad_total_stride=stride_of(grad_total)),
         dict(N=N, CENTRED=centred, ROWS=rows, BLOCK=block), dict(num_warps=warps, maxnreg=REGISTERS)))
     if grad_weight is not None or grad_bias is not None:
         launches.append(add_partials(weight_sums, bias_sums, grad_weight, grad_bias,
@@ -308,23 +322,26 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor
 
 @norm.register_fake
 def norm_outputs(x, weight, bias, residual, eps, centred):
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     M = x.numel() // x.shape[-1]
-    y = x.new_empty(x.shape, dtype=dtype)
-    total = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
+    total = x.new_empty(0) if residual is None else x.new_empty(
+        x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     mean = x.new_empty(M if centred else 0, dtype=torch.float32)
-    return y, total, mean, x.new_empty(M, dtype=torch.float32)
+    return x.new_empty(x.shape), total, mean, x.new_empty(M, dtype=torch.float32)
 
 
 @torch.library.custom_op("minigpt::norm_backward", mutates_args=())
 def norm_backward(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor | None, bias: Tensor | None,
-                  mean: Tensor, rstd: Tensor, centred: bool, of_parameters: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x + residual, and `of_parameters` of weight and bias; empty tensors for what there is none of."""
-    grad_x, grad_weight, grad_bias = grads = norm_backward_outputs(
-        grad, grad_total, total, weight, bias, mean, rstd, centred, of_parameters)
+                  mean: Tensor, rstd: Tensor, centred: bool, of_parameters: bool,
+                  narrow_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x + residual, in the sum's dtype and in `narrow_dtype`, and `of_parameters` of weight and bias.
+
+    Empty tensors for what there is none of.
+    """
+    grad_x, narrow, grad_weight, grad_bias = grads = norm_backward_outputs(
+        grad, grad_total, total, weight, bias, mean, rstd, centred, of_parameters, narrow_dtype)
     with torch.cuda.device_of(total):
         for launch in backward(rows_of(grad), rows_of(grad_total), rows_of(total), contiguous(weight),
-                               mean if centred else None, rstd, grad_x,
+                               mean if centred else None, rstd, grad_x, narrow if narrow_dtype else None,
                                grad_weight if of_parameters and weight is not None else None,
                                grad_bias if of_parameters and bias is not None else None, centred):
             launch.run()
@@ -332,10 +349,11 @@ def norm_backward(grad: Tensor, grad_total: Tensor | None, total: Tensor, weight
 
 
 @norm_backward.register_fake
-def norm_backward_outputs(grad, grad_total, total, weight, bias, mean, rstd, centred, of_parameters):
+def norm_backward_outputs(grad, grad_total, total, weight, bias, mean, rstd, centred, of_parameters, narrow_dtype):
+    narrow = total.new_empty(total.shape, dtype=narrow_dtype) if narrow_dtype else total.new_empty(0)
     grad_weight, grad_bias = (
         total.new_empty(0) if p is None or not of_parameters else p.new_empty(p.shape) for p in (weight, bias))
-    return total.new_empty(total.shape), grad_weight, grad_bias
+    return total.new_empty(total.shape), narrow, grad_weight, grad_bias
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
@@ -355,13 +373,19 @@ def backward_of_norm(ctx, grad, grad_total, *_):
     total, weight, bias, mean, rstd = ctx.saved_tensors
     _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     if grad is None:
-        grad = torch.zeros_like(total)
+        grad = torch.zeros_like(total, dtype=ctx.x_dtype)
     if ctx.residual_dtype is None:
         grad_total = None                               # of the empty tensor
-    grad_x, grad_weight, grad_bias = norm_backward(grad, grad_total, total, weight, bias, mean, rstd, ctx.centred,
-                                                   needs_weight or needs_bias)
-    return (grad_x.to(ctx.x_dtype), grad_weight if needs_weight else None, grad_bias if needs_bias else None,
-            None if ctx.residual_dtype is None else grad_x.to(ctx.residual_dtype), None, None)
+    narrow_dtype = next((dtype for dtype in (ctx.x_dtype, ctx.residual_dtype) if dtype not in (total.dtype, None)),
+                        None)
+    grad_x, narrow, grad_weight, grad_bias = norm_backward(
+        grad, grad_total, total, weight, bias, mean, rstd, ctx.centred, needs_weight or needs_bias, narrow_dtype)
+
+    def of(dtype):
+        return narrow if dtype == narrow_dtype else grad_x.to(dtype)
+
+    return (of(ctx.x_dtype), grad_weight if needs_weight else None, grad_bias if needs_bias else None,
+            None if ctx.residual_dtype is None else of(ctx.residual_dtype), None, None)
 
 
 def no_second_derivative(ctx, *_):

@@ -150,26 +150,26 @@ def layer_norm(x, weight, bias, eps, residual=None):
     """(x - mean) / sqrt(var + eps) · weight + bias over the last dimension (arXiv 1607.06450); computed in float32.
 
     x (..., C), C up to 65536; weight, bias (C,) or None, in the dtype of x or another. With `residual` (..., C): gives
-    (norm of x + residual, x + residual), in the wider of the two's dtypes. ValueError where the arguments do not fit.
+    (norm of x + residual, x + residual), the norm in the dtype of x, the sum in the wider of the two's. ValueError
+    where the arguments do not fit.
     """
     check_norm("layer_norm", x, eps, residual, weight=weight, bias=bias)
-    if residual is not None:
-        x = x + residual
-    y = F.layer_norm(_wide(x), x.shape[-1:], _wide(weight), _wide(bias), eps).to(x.dtype)
-    return y if residual is None else (y, x)
+    total = x if residual is None else x + residual
+    y = F.layer_norm(_wide(total), x.shape[-1:], _wide(weight), _wide(bias), eps).to(x.dtype)
+    return y if residual is None else (y, total)
 
 
 def rms_norm(x, weight, eps, residual=None):
     """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467); computed in float32.
 
     x (..., C), C up to 65536; weight (C,) or None, in the dtype of x or another. With `residual` (..., C): gives
-    (norm of x + residual, x + residual), in the wider of the two's dtypes. ValueError where the arguments do not fit.
+    (norm of x + residual, x + residual), the norm in the dtype of x, the sum in the wider of the two's. ValueError
+    where the arguments do not fit.
     """
     check_norm("rms_norm", x, eps, residual, weight=weight)
-    if residual is not None:
-        x = x + residual
-    y = F.rms_norm(_wide(x), x.shape[-1:], _wide(weight), eps).to(x.dtype)
-    return y if residual is None else (y, x)
+    total = x if residual is None else x + residual
+    y = F.rms_norm(_wide(total), x.shape[-1:], _wide(weight), eps).to(x.dtype)
+    return y if residual is None else (y, total)
 
 
 def check_norm(op, x, eps, residual=None, dtypes=NORM_DTYPES, **parameters):

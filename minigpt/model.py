@@ -193,8 +193,8 @@ class PostNormBlock(Block):
     """Attention and MLP with the norm after each residual sum. x is the residual stream, `residual` passes by."""
 
     def forward(self, x, residual, *context):
-        x, _ = self.attention_norm(self.dropout(self.attention(x, *context)), x)
-        x, _ = self.mlp_norm(self.dropout(self.mlp(x)), x)
+        x, _ = self.attention_norm(x, self.dropout(self.attention(x, *context)))
+        x, _ = self.mlp_norm(x, self.dropout(self.mlp(x)))
         return x, residual
 
 

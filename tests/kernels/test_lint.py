@@ -40,6 +40,7 @@ def rows(toys):
     ("good/float32_product", "ok"),
     ("serialized/attend", "WGMMA serialized"),
     ("shared/product", "shared memory over 232448"),
+    ("registers/subtract_sum", "more registers than an SM has"),
     ("float32/product", "dot without HGMMA"),
     ("warp_level/product", "dot without HGMMA"),
     ("narrow/copy", "no wide loads"),

@@ -64,16 +64,30 @@ def test_the_sum_is_rounded_as_the_reference_does(name):
 
 
 @both
-def test_a_wider_residual_widens_the_outputs(name):
-    x, residual, *parameters = arguments(name)
-    inputs = [x.bfloat16(), residual, *parameters]
+@pytest.mark.parametrize("width", [24, 5000])
+@pytest.mark.parametrize("wide", ["x", "residual"])
+def test_the_sum_is_as_wide_as_the_wider_of_its_terms(name, wide, width):
+    """The norm and each gradient keep the dtypes of what they belong to: a branch in bfloat16, a stream in float32."""
+    inputs = arguments(name, width=width)
+    inputs[wide == "x"] = inputs[wide == "x"].bfloat16()
     actual, actual_grads, grads = run_op(on(kernels, name), inputs)
     expected, expected_grads, _ = run_op(on(reference, name), inputs, grads)
-    for pair in zip(actual + actual_grads[1:], expected + expected_grads[1:], strict=True):
-        assert pair[0].dtype == pair[1].dtype == torch.float32
-        assert_close(*pair, 1e-5)
-    assert actual_grads[0].dtype == torch.bfloat16
-    assert_close(actual_grads[0], expected_grads[0], 0.02)
+    assert [y.dtype for y in actual] == [y.dtype for y in expected] == [inputs[0].dtype, torch.float32]
+    for x, *pair in zip(inputs, actual_grads, expected_grads, strict=True):
+        assert pair[0].dtype == pair[1].dtype == x.dtype
+    for pair in zip(actual + actual_grads, expected + expected_grads, strict=True):
+        assert_close(*pair, 1e-5 if pair[0].dtype == torch.float32 else 0.02)
+
+
+@both
+def test_two_low_precisions_have_a_sum_in_float32(name):
+    x, residual, *parameters = arguments(name)
+    inputs = [x.bfloat16(), residual.half(), *parameters]
+    actual, actual_grads, grads = run_op(on(kernels, name), inputs)
+    expected, expected_grads, _ = run_op(on(reference, name), inputs, grads)
+    for pair in zip(actual + actual_grads, expected + expected_grads, strict=True):
+        assert pair[0].dtype == pair[1].dtype
+        assert_close(*pair, 0.02)
 
 
 @both
@@ -162,8 +176,9 @@ def test_opcheck(centred, given):
     inputs = [rows, weight if "weight" in given else None, bias if "bias" in given else None,
               residual if "residual" in given else None, EPS, centred]
     y, total, mean, rstd = norm(*inputs)
-    torch.library.opcheck(norm_backward, (y, None if inputs[3] is None else total, rows, *inputs[1:3], mean, rstd,
-                                          centred, "weight" in given))
+    for narrow_dtype in (None, torch.bfloat16):
+        torch.library.opcheck(norm_backward, (y, None if inputs[3] is None else total, rows, *inputs[1:3], mean, rstd,
+                                              centred, "weight" in given, narrow_dtype))
     torch.library.opcheck(norm, [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in inputs])
 
 

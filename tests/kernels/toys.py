@@ -75,6 +75,8 @@ TOYS = {
         case(product, FLOAT32, SMALL, "plain", name="float32_product"),
     ],
     "spills": [case(subtract_sum, {"x": "*fp32", "y": "*fp32"}, {"BLOCK": 8192}, "memory", maxnreg=32)],
+    "registers": [case(subtract_sum, {"x": "*fp32", "y": "*fp32"}, {"BLOCK": 65536}, "memory", num_warps=32,
+                       maxnreg=128)],
     "serialized": [case(attend, ATTEND, {"D": 64, "M": 128, "N": 128}, "dot", num_stages=2)],
     "shared": [case(product, PRODUCT, SQUARE, "dot", num_stages=20)],
     "float32": [case(product, FLOAT32, SMALL, "dot")],
