@@ -145,6 +145,28 @@ MLPS = {"gelu": GeluMLP, "swiglu": SwigluMLP, "squared_relu": SquaredReluMLP}
 POSITIONS = {"none": NoPositions, "learned": LearnedPositions, "rotary": RotaryPositions}
 
 
+class SplitHeads(torch.autograd.Function):
+    """(B, T, heads, D) to views of some heads each; their gradients are joined without a copy where they lie as views
+    of one tensor do, which is how the attention kernel leaves those of q, k and v."""
+
+    @staticmethod
+    def forward(ctx, x, heads):
+        return x.split(heads, dim=2)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if torch.compiler.is_compiling():               # which sees for itself that it joins what was one
+            return torch.cat(grads, dim=2), None
+        first, D = grads[0], grads[0].shape[3]
+        storage, place, heads = first.untyped_storage()._cdata, first.storage_offset(), 0
+        for grad in grads:
+            if (grad.untyped_storage()._cdata, grad.storage_offset()) != (storage, place + heads * D) \
+                    or grad.stride() != first.stride() or grad.stride()[2:] != (D, 1):
+                return torch.cat(grads, dim=2), None
+            heads += grad.shape[2]
+        return first.as_strided((*first.shape[:2], heads, D), first.stride()), None
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values, from one fused projection."""
 
@@ -161,7 +183,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, rotate, positions, causal, document_ids, cache):
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.D)).split(self.heads, dim=-2)    # (B, T, H or H_kv, D)
+        q, k, v = SplitHeads.apply(self.qkv(x).unflatten(-1, (-1, self.D)), self.heads)    # (B, T, H or H_kv, D)
         q, k = rotate(self.q_norm(q), self.k_norm(k), positions)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)                                      # (B, S, H_kv, D)
