@@ -35,7 +35,9 @@ TINY = {"attention": ["--tokens", "64", "--width", "32", "--lengths", "32", "--h
         "activations": ["--rows", "8", "--widths", "32", "--repeats", "2"],
         "rotary": ["--tokens", "32", "--lengths", "16", "--repeats", "2"],
         "decode_attention": ["--lengths", "16", "--repeats", "2"],
-        "quantized_linear": ["--sizes", "128", "--repeats", "2"]}
+        "quantized_linear": ["--sizes", "128", "--repeats", "2"],
+        "train": ["--model.preset=tiny", "--model.context_length=16", "--model.depth=1", "--model.width=32",
+                  "--model.vocab_size=512", "--train.batch_size=2", "--repeats", "2"]}
 """What benchmarks are given on a CPU."""
 
 
@@ -73,10 +75,13 @@ def steps(device: str, peers: list[str]) -> list[Step]:
         found.append(Step("resume", ["-m", "benchmarks.crash_test", "--kills", "8", "--workers", "4"], 150,
                           passed=_none_differed))
     found.append(Step("offsets", ["-m", "benchmarks.checks", "offsets"], 60, alone=True))
+    nanogpt = any(peer.startswith("nanogpt=") for peer in peers)
     speeds = {
-        "attention": ("attention", 120, ["triton", "triton_one_pass"]),
-        "attention-sdpa": ("attention", 60, ["sdpa_flash", *["sdpa_cudnn"] * (device == "cuda")]),
-        "attention-flex": ("attention", 120, ["flex"]),
+        "attention": ("attention", 120, ["--paths", "triton", "triton_one_pass"]),
+        "train": ("train", 90, ["--paths", "triton", "reference", "plain", *["nanogpt"] * nanogpt]),
+        "train-profile": ("train", 60, ["--profile"]),
+        "attention-sdpa": ("attention", 60, ["--paths", "sdpa_flash", *["sdpa_cudnn"] * (device == "cuda")]),
+        "attention-flex": ("attention", 120, ["--paths", "flex"]),
         "rms_norm": ("rms_norm", 100, []),
         "layer_norm": ("layer_norm", 100, []),
         "linear_cross_entropy": ("linear_cross_entropy", 90, []),
@@ -84,11 +89,12 @@ def steps(device: str, peers: list[str]) -> list[Step]:
         "quantized_linear": ("quantized_linear", 60, []),
         "activations": ("activations", 60, []),
         "rotary": ("rotary", 60, []),
-        "attention-plain": ("attention", 150, ["plain", "compiled"]),
+        "train-compiled": ("train", 240, ["--paths", "triton_compiled", "compiled", *["nanogpt_compiled"] * nanogpt]),
+        "attention-plain": ("attention", 150, ["--paths", "plain", "compiled"]),
     }
-    for name, (op, seconds, paths) in speeds.items():
-        command = ["-m", f"benchmarks.bench_{op}", *(TINY[op] if device == "cpu" else [])]
-        command += ["--paths", *paths] * bool(paths) + [word for peer in peers for word in ("--peer", peer)]
+    for name, (op, seconds, words) in speeds.items():
+        command = ["-m", f"benchmarks.bench_{op}", *(TINY[op] if device == "cpu" else []), *words]
+        command += [word for peer in peers for word in ("--peer", peer)]
         if name != "attention-flex" or device == "cuda":
             found.append(Step(f"speed-{name}", command, seconds, alone=True, decides=False))
     return found
@@ -157,6 +163,8 @@ def told(outcome: dict) -> str:
     if "rate" in result:
         raised = sum("error" in row for row in result["results"])
         words.append(f"{len(result['results'])} rows" + f", {raised} of them errors" * bool(raised))
+    if result.get("step_seconds"):
+        words.append(f"a step of {result['step_seconds'] * 1e3:.4g} ms in {len(result['groups'])} groups")
     if "identical" in result:
         words.append(f"{result['identical']} of {result['kills']} killed runs ended identical")
     return "; ".join(words)

@@ -32,8 +32,8 @@ from minigpt.files import write_durably
 DIRECTIONS = ("forward", "backward")
 WITH_GRADIENTS = ("inference", "both")
 """Of an op that makes its gradients on the way forward: without them, and forward and backward."""
-PEERS = {"liger": "liger_kernel"}
-"""{name of a baseline from outside: the package that holds it}."""
+PEERS = {"liger": "liger_kernel", "nanogpt": "model"}
+"""{name of a baseline from outside: the package or module that holds it}."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def folder_of_peer(options: Parser, peer: str) -> str:
         options.error(f"--peer {peer}: there is {', '.join(PEERS)}, as NAME=PATH")
     folder = str(Path(folder).absolute())
     if importlib.machinery.PathFinder.find_spec(PEERS[name], [folder]) is None:
-        options.error(f"--peer {peer}: no package {PEERS[name]} lies in {folder}")
+        options.error(f"--peer {peer}: no {PEERS[name]} lies in {folder}")
     return folder
 
 

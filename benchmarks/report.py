@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-UNITS = {"tb_per_s": "TB/s", "tflop_per_s": "TFLOP/s"}
+UNITS = {"tb_per_s": "TB/s", "tflop_per_s": "TFLOP/s", "tokens_per_s": "tokens/s"}
 
 
 def merged(results: list[dict]) -> dict[str, dict]:

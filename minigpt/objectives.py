@@ -105,6 +105,13 @@ class MaskedLM(CausalLM):
                                                         reduction="sum")}
 
 
+class CompiledHidden:
+    """What an objective needs of a model, with `hidden` compiled."""
+
+    def __init__(self, model):
+        self.head, self.hidden = model.head, torch.compile(model.hidden)
+
+
 OBJECTIVES = {"causal": CausalLM, "masked": MaskedLM}
 
 

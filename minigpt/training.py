@@ -29,7 +29,7 @@ from minigpt.evaluate import Stopped, evaluate
 from minigpt.files import expanded, held, write_durably
 from minigpt.logs import JsonLines, finite
 from minigpt.model import GPT
-from minigpt.objectives import make_objective
+from minigpt.objectives import CompiledHidden, make_objective
 from minigpt.optim import make_optimizers, schedule, set_learning_rate
 from minigpt.progress import Progress, duration, process_age
 from minigpt.resume import LoopState, open_run, random_state, restore, set_random_state
@@ -382,13 +382,6 @@ class Trainer:
 
 ADVICE = "Lower optim.learning_rate, raise optim.warmup_steps or use train.dtype=float32 in a new run"
 NO_CHECKPOINT = "there is no checkpoint yet to go back to"
-
-
-class CompiledHidden:
-    """What an objective needs of a model, with `hidden` compiled."""
-
-    def __init__(self, model: GPT):
-        self.head, self.hidden = model.head, torch.compile(model.hidden)
 
 
 def evaluation_line(record: dict, stopped_early: bool) -> str:

@@ -124,8 +124,8 @@ def test_scores_that_do_not_fit_are_not_tried(capsys, monkeypatch):
     ("rms_norm", ["--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no such folder"),
     ("rms_norm", ["--json", "/proc/x.json"], "--json: "),
     ("rms_norm", ["--plot", "x.txt"], "--plot x.txt: the name must end with .png, .svg or .pdf"),
-    ("rms_norm", ["--peer", "liger=."], "--peer liger=.: no package liger_kernel lies in "),
-    ("rms_norm", ["--peer", "lion=."], "--peer lion=.: there is liger, as NAME=PATH"),
+    ("rms_norm", ["--peer", "liger=."], "--peer liger=.: no liger_kernel lies in "),
+    ("rms_norm", ["--peer", "lion=."], "--peer lion=.: there is liger, nanogpt, as NAME=PATH"),
 ])
 def test_what_cannot_be_run_is_one_line(op, options, message, capsys):
     assert error_of(capsys, op, *options).startswith(f"error: {message}")

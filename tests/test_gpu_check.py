@@ -199,7 +199,7 @@ def test_an_interrupted_check_goes_on(tmp_path, number, alone):
 @pytest.mark.parametrize("options, message", [
     ([], "there is no CUDA GPU here; --device cpu takes the CPU"),
     (["--device", "cpu", "--steps", "training", "sing"], "no step sing; there is: descriptors, "),
-    (["--device", "cpu", "--peer", "liger=."], "--peer liger=.: no package liger_kernel lies in "),
+    (["--device", "cpu", "--peer", "liger=."], "--peer liger=.: no liger_kernel lies in "),
     (["--device", "cpu", "--out", "setup.py"], "[Errno 17] File exists: 'setup.py'"),
     (["--device", "cpu", "--seconds", "0"], "argument --seconds: '0' is not a whole number of at least 1"),
 ])
@@ -230,7 +230,7 @@ def test_the_steps_are_all_checks_then_all_speeds():
         assert all(step.alone and not step.decides and step.command[-2:] == ["--peer", "liger=/there"]
                    for step in speeds)
         assert {step.command[1] for step in speeds} == {
-            f"benchmarks.bench_{op}" for op in ("attention", "layer_norm", "rms_norm", "linear_cross_entropy",
+            f"benchmarks.bench_{op}" for op in ("attention", "layer_norm", "rms_norm", "linear_cross_entropy", "train",
                                                 "activations", "rotary", "decode_attention", "quantized_linear")}
         assert [step.name for step in steps if not step.decides][0] == "descriptors"
 
