@@ -10,8 +10,8 @@ import importlib.util
 import os
 import sys
 
-OPS = ("attention", "decode_attention", "layer_norm", "rms_norm", "rotary", "swiglu", "gelu", "squared_relu",
-       "linear_cross_entropy", "quantized_linear")
+OPS = ("attention", "decode_attention", "split_heads", "rotary", "layer_norm", "rms_norm", "swiglu", "gelu",
+       "squared_relu", "linear_cross_entropy", "quantized_linear")
 CHOICES = ("auto", "triton", "reference")
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU: Ampere, the first with bfloat16."""

@@ -216,26 +216,26 @@ def rotary(q, k, cos, sin, positions=None):
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
-def check_rotary(q, k, cos, sin, positions):
+def check_rotary(q, k, cos, sin, positions, op="rotary"):
     """Raise ValueError where the arguments of `rotary` do not fit together."""
-    check_kinds("rotary", (torch.Tensor, type(None)), "a tensor or None", positions=positions)
-    check_pointwise("rotary", "q", q, k=k, cos=cos, sin=sin)
+    check_kinds(op, (torch.Tensor, type(None)), "a tensor or None", positions=positions)
+    check_pointwise(op, "q", q, k=k, cos=cos, sin=sin)
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[3] % 2:
-        raise ValueError(f"rotary takes q (B, T, H, D) and k (B, T, H_kv, D) with D even, not {tuple(q.shape)}, "
+        raise ValueError(f"{op} takes q (B, T, H, D) and k (B, T, H_kv, D) with D even, not {tuple(q.shape)}, "
                          f"{tuple(k.shape)}")
     if q.dtype != k.dtype:
-        raise ValueError(f"rotary: k is {k.dtype}, q {q.dtype}; they must be alike")
+        raise ValueError(f"{op}: k is {k.dtype}, q {q.dtype}; they must be alike")
     if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != q.shape[3] // 2:
-        raise ValueError(f"rotary: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be (N, D/2), here "
+        raise ValueError(f"{op}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be (N, D/2), here "
                          f"D = {q.shape[3]}")
     if positions is None:
         if len(cos) < q.shape[1]:
-            raise ValueError(f"rotary: {q.shape[1]} tokens, and cos and sin for {len(cos)} positions")
+            raise ValueError(f"{op}: {q.shape[1]} tokens, and cos and sin for {len(cos)} positions")
     elif positions.shape not in (q.shape[1:2], q.shape[:2]) or positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"rotary: positions {tuple(positions.shape)} {positions.dtype} must be (T,) or (B, T) "
+        raise ValueError(f"{op}: positions {tuple(positions.shape)} {positions.dtype} must be (T,) or (B, T) "
                          f"integers, here B = {q.shape[0]} and T = {q.shape[1]}")
     elif positions.device != q.device:
-        raise ValueError(f"rotary: positions are on {positions.device}, q on {q.device}; they must be on one device")
+        raise ValueError(f"{op}: positions are on {positions.device}, q on {q.device}; they must be on one device")
 
 
 def _rotate(x, cos, sin):
@@ -243,16 +243,56 @@ def _rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def swiglu(gate, up):
-    """silu(gate) · up (arXiv 2002.05202); ValueError unless gate and up are of one shape and floating dtype."""
+def split_heads(x, heads, q_weight=None, k_weight=None, eps=1e-5, cos=None, sin=None, positions=None):
+    """What stands between a fused projection and attention: queries, keys and values, normalised and turned.
+
+    x (B, T, H + 2 H_kv, D) floating, heads = (H, H_kv, H_kv). q and k are `rms_norm` of their heads with q_weight and
+    k_weight (D,), where given, then `rotary` of that with cos, sin and positions, where given; v is a view of x, and so
+    are q and k where neither is given. Gives q (B, T, H, D), k and v (B, T, H_kv, D). ValueError where the arguments do
+    not fit.
+    """
+    check_split_heads(x, heads, q_weight, k_weight, eps, cos, sin, positions)
+    q, k, v = x.split(heads, dim=2)
+    if q_weight is not None:
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+    if cos is not None:
+        q, k = rotary(q, k, cos, sin, positions)
+    return q, k, v
+
+
+def check_split_heads(x, heads, q_weight, k_weight, eps, cos, sin, positions):
+    """Raise ValueError where the arguments of `split_heads` do not fit together."""
+    op = "split_heads"
+    check_pointwise(op, "x", x)
+    if x.dim() != 4 or len(heads) != 3 or min(heads) < 1 or heads[1] != heads[2] or sum(heads) != x.shape[2]:
+        raise ValueError(f"{op} takes x (B, T, H + 2 H_kv, D) and heads (H, H_kv, H_kv), not {tuple(x.shape)} and "
+                         f"{heads}")
+    for pair, (first, second) in (("q_weight and k_weight", (q_weight, k_weight)), ("cos and sin", (cos, sin))):
+        if (first is None) != (second is None):
+            raise ValueError(f"{op}: {pair} go together; give both or neither")
+    q, k, _ = x.split(heads, dim=2)
+    if q_weight is not None:
+        check_norm(op, q, eps, q_weight=q_weight, k_weight=k_weight)
+    if cos is not None:
+        check_rotary(q, k, cos, sin, positions, op)
+
+
+def swiglu(gate, up=None):
+    """silu(gate) · up (arXiv 2002.05202), of one shape and floating dtype; without `up`, gate (..., 2N) holds the halves
+    of both. ValueError where the arguments do not fit.
+    """
     check_swiglu(gate, up)
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def check_swiglu(gate, up):
     """Raise ValueError where the arguments of `swiglu` do not fit together."""
-    check_pointwise("swiglu", "gate", gate, up=up)
-    if gate.shape != up.shape or gate.dtype != up.dtype:
+    check_pointwise("swiglu", "gate", gate, **({} if up is None else dict(up=up)))
+    if up is None and (not gate.dim() or gate.shape[-1] % 2):
+        raise ValueError(f"swiglu: gate {tuple(gate.shape)} must be (..., 2N), two halves, where there is no up")
+    if up is not None and (gate.shape != up.shape or gate.dtype != up.dtype):
         raise ValueError(f"swiglu: up is {tuple(up.shape)} {up.dtype}, gate {tuple(gate.shape)} {gate.dtype}; they "
                          "must be alike")
 

@@ -83,6 +83,17 @@ def gradients_of(grad, gate, up):
     return gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1])
 
 
+@torch.library.custom_op("minigpt::swiglu_of_halves", mutates_args=())
+def forward_of_halves(x: Tensor) -> Tensor:
+    """Of gate and up side by side, so that their gradients need not be joined."""
+    return forward(*x.chunk(2, -1))
+
+
+@forward_of_halves.register_fake
+def _(x):
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
 def save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -91,11 +102,18 @@ def backward_of_swiglu(ctx, grad):
     return backward(grad, *ctx.saved_tensors).chunk(2, -1)
 
 
+def backward_of_halves(ctx, grad):
+    return backward(grad, *ctx.saved_tensors[0].chunk(2, -1))
+
+
 forward.register_autograd(backward_of_swiglu, setup_context=save_for_backward)
+forward_of_halves.register_autograd(backward_of_halves, setup_context=save_for_backward)
 backward.register_autograd(no_second_derivative)
 
 
-def swiglu(gate, up):
+def swiglu(gate, up=None):
     check_swiglu(gate, up)
     check_dtypes("swiglu", gate=gate)
+    if up is None:
+        return forward_of_halves(gate)
     return forward(gate, up) if gate.dim() else forward(gate[None], up[None])[0]

@@ -55,6 +55,12 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps, residual)
 
 
+class NoWeight(nn.Module):
+    """Stands for a norm that there is not."""
+
+    weight = None
+
+
 class NoNorm(nn.Module):
     """Gives x and the residual as they are."""
 
@@ -98,20 +104,19 @@ class SwigluMLP(nn.Module):
         self.down = Linear(width, config.width, bias=config.bias)
 
     def forward(self, x):
-        return self.down(kernels.swiglu(*self.gate_up(x).chunk(2, dim=-1)))
+        return self.down(kernels.swiglu(self.gate_up(x)))
 
 
 class NoPositions(nn.Module):
     """Adds nothing to the embedding and turns no query or key."""
+
+    tables = None, None
 
     def __init__(self, config):
         super().__init__()
 
     def add(self, x, positions):
         return x
-
-    def rotate(self, q, k, positions):
-        return q, k
 
 
 class LearnedPositions(NoPositions):
@@ -136,35 +141,14 @@ class RotaryPositions(NoPositions):
         self.register_buffer("cos", angles.cos().float(), persistent=False)                            # (T_max, D/2)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-    def rotate(self, q, k, positions):
-        return kernels.rotary(q, k, self.cos, self.sin, positions)
+    @property
+    def tables(self):
+        return self.cos, self.sin
 
 
 NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 MLPS = {"gelu": GeluMLP, "swiglu": SwigluMLP, "squared_relu": SquaredReluMLP}
 POSITIONS = {"none": NoPositions, "learned": LearnedPositions, "rotary": RotaryPositions}
-
-
-class SplitHeads(torch.autograd.Function):
-    """(B, T, heads, D) to views of some heads each; their gradients are joined without a copy where they lie as views
-    of one tensor do, which is how the attention kernel leaves those of q, k and v."""
-
-    @staticmethod
-    def forward(ctx, x, heads):
-        return x.split(heads, dim=2)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        if torch.compiler.is_compiling():               # which sees for itself that it joins what was one
-            return torch.cat(grads, dim=2), None
-        first, D = grads[0], grads[0].shape[3]
-        storage, place, heads = first.untyped_storage()._cdata, first.storage_offset(), 0
-        for grad in grads:
-            if (grad.untyped_storage()._cdata, grad.storage_offset()) != (storage, place + heads * D) \
-                    or grad.stride() != first.stride() or grad.stride()[2:] != (D, 1):
-                return torch.cat(grads, dim=2), None
-            heads += grad.shape[2]
-        return first.as_strided((*first.shape[:2], heads, D), first.stride()), None
 
 
 class Attention(nn.Module):
@@ -177,14 +161,15 @@ class Attention(nn.Module):
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         self.qkv = Linear(config.width, sum(self.heads) * config.D, bias=qkv_bias)
         self.out = Linear(config.num_heads * config.D, config.width, bias=config.bias)
-        self.q_norm = RMSNorm(config, config.D) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config, config.D) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config, config.D) if config.qk_norm else NoWeight()
+        self.k_norm = RMSNorm(config, config.D) if config.qk_norm else NoWeight()
+        self.eps = config.norm_eps
         self.window = config.window or None
         self.dropout = config.dropout
 
-    def forward(self, x, rotate, positions, causal, document_ids, cache):
-        q, k, v = SplitHeads.apply(self.qkv(x).unflatten(-1, (-1, self.D)), self.heads)    # (B, T, H or H_kv, D)
-        q, k = rotate(self.q_norm(q), self.k_norm(k), positions)
+    def forward(self, x, tables, positions, causal, document_ids, cache):
+        q, k, v = kernels.split_heads(self.qkv(x).unflatten(-1, (-1, self.D)), self.heads, self.q_norm.weight,
+                                      self.k_norm.weight, self.eps, *tables, positions)    # (B, T, H or H_kv, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)                                      # (B, S, H_kv, D)
         y = kernels.attention(q, k, v, causal=causal, window=self.window, document_ids=document_ids,
@@ -278,7 +263,7 @@ class GPT(nn.Module):
         x = self.dropout(self.positions.add(self.embedding(tokens), positions))
         residual = torch.zeros_like(x)
         for block in self.blocks:
-            x, residual = block(x, residual, self.positions.rotate, positions, causal, document_ids, cache)
+            x, residual = block(x, residual, self.positions.tables, positions, causal, document_ids, cache)
         if cache is not None:
             cache.length = end
         return self.final_norm(x, residual)[0]

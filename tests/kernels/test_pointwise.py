@@ -69,6 +69,8 @@ X, Y = torch.zeros(2, 7, 4, 8), torch.zeros(2, 7, 2, 8)
 
 @pytest.mark.parametrize("op, arguments, message", [
     ("swiglu", (1.0, X), "swiglu: gate = 1.0 is float, not a tensor"),
+    ("swiglu", (torch.zeros(2, 5),), "swiglu: gate (2, 5) must be (..., 2N), two halves, where there is no up"),
+    ("swiglu", (torch.zeros(()),), "swiglu: gate () must be (..., 2N)"),
     ("swiglu", (X, Y), "swiglu: up is (2, 7, 2, 8) torch.float32, gate (2, 7, 4, 8) torch.float32; they must be alike"),
     ("swiglu", (X, X.bfloat16()), "they must be alike"),
     ("swiglu", (X.long(), X.long()), "swiglu: gate is torch.int64; it must be floating"),
@@ -124,6 +126,7 @@ def test_opcheck():
     rotary, swiglu, gelu, squared_relu = (importlib.import_module(f"kernels.{op}") for op in OPS)
     x, y, bias = (normal(3, 40, seed=1).requires_grad_(), normal(3, 40).requires_grad_(), normal(40).requires_grad_())
     torch.library.opcheck(swiglu.forward, (x, y))
+    torch.library.opcheck(swiglu.forward_of_halves, (x,))
     torch.library.opcheck(gelu.forward, (x, bias, "tanh"))
     torch.library.opcheck(gelu.forward, (x, None, "none"))
     torch.library.opcheck(squared_relu.forward, (x,))

@@ -26,9 +26,11 @@ def test_strides_are_free(kind):
     check_op(kernels.swiglu, formula, [with_strides(x, kind) for x in gate_and_up()], 1e-6)
 
 
-def test_halves_of_one_tensor():
-    whole = torch.cat(gate_and_up(), dim=-1)
-    check_op(lambda x: kernels.swiglu(*x.chunk(2, dim=-1)), lambda x: formula(*x.chunk(2, dim=-1)), [whole], 1e-6)
+@pytest.mark.parametrize("op", [lambda x: kernels.swiglu(*x.chunk(2, dim=-1)), kernels.swiglu], ids=["two", "one"])
+@pytest.mark.parametrize("kind", STRIDES)
+def test_halves_of_one_tensor(op, kind):
+    whole = with_strides(torch.cat(gate_and_up(), dim=-1), kind)
+    check_op(op, lambda x: formula(*x.chunk(2, dim=-1)), [whole], 1e-6)
 
 
 def test_large_inputs_stay_finite():

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from minigpt.config import ModelConfig
-from minigpt.model import GPT, SplitHeads
+from minigpt.model import GPT
 
 GPT2 = dict(norm="layer_norm", mlp="gelu", position="learned", qk_norm=False, bias=True)
 VARIANTS = [GPT2, dict(num_kv_heads=1, mlp="swiglu", qk_norm=True, window=5),
@@ -48,9 +48,10 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.triton
-def test_gradients_of_queries_keys_and_values_are_not_joined():
-    """The attention kernel writes them side by side, as the projection's backward reads them."""
-    model = model_of(**GPT2)
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_gradients_of_queries_keys_and_values_are_not_joined(settings):
+    """The kernels write them side by side, as the projection's backward reads them."""
+    model = model_of(**settings)
     with Calls() as calls:
         step(model)
     assert calls.count["minigpt::attention_backward"] == 2
@@ -63,26 +64,6 @@ def test_no_activation_is_cast_but_the_embedding():
     with Calls() as calls:
         step(model_of(**GPT2))
     assert [shape for shape in calls.cast if len(shape) > 2] == 2 * [(2, 16, 32)]       # forward and backward
-
-
-@pytest.mark.parametrize("sizes", [(4, 2, 2), (1, 1, 1)])
-@pytest.mark.parametrize("joined", [True, False, "expanded", "swapped"])
-def test_split_heads(joined, sizes):
-    x = torch.randn(2, 3, sum(sizes), 5, requires_grad=True)
-    parts = SplitHeads.apply(x, list(sizes))
-    assert all(part.data_ptr() == plain.data_ptr() and torch.equal(part, plain)
-               for part, plain in zip(parts, x.split(sizes, 2)))
-    whole = torch.randn(x.shape)
-    grads = list(whole.split(sizes, 2))
-    if joined == "expanded":
-        grads = [grad[..., :1].expand(grad.shape) for grad in grads]
-    elif joined == "swapped" and grads[1].shape == grads[2].shape:
-        grads = [grads[0], grads[2], grads[1]]
-    elif not joined:
-        grads = [grad.clone() for grad in grads]
-    grad, = torch.autograd.grad(parts, x, grads)
-    assert torch.equal(grad, torch.cat(grads, 2))
-    assert (grad.data_ptr() == whole.data_ptr()) == (joined is True)
 
 
 @pytest.mark.parametrize("settings", [VARIANTS[0], *map(slow, VARIANTS[1:])], ids=str)
@@ -102,7 +83,7 @@ def test_a_compiled_projection_has_its_gradients_joined_by_nothing():
     from torch._inductor.utils import run_and_get_code
 
     def heads(x, weight):
-        q, k, v = SplitHeads.apply((x @ weight).unflatten(-1, (-1, 16)), [2, 1, 1])
+        q, k, v = kernels.split_heads((x @ weight).unflatten(-1, (-1, 16)), [2, 1, 1])
         return kernels.attention(q, k, v, causal=True).flatten(-2)
 
     def run(function):
