@@ -1,4 +1,4 @@
-"""Checks of rotary and the activations: against the reference in float64, as exact as it is in the same dtype."""
+"""Checks of rotary, split_heads and the activations: as exact, against float64, as the reference in the same dtype."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ def pointwise(dtype: str, device: str) -> dict:
         for positions in (False, True):
             found[f"rotary {sizes}{', positions' * positions}"] = functools.partial(
                 check_rotary, dtype, device, positions, *sizes)
+        for parts in (("norm",), ("rotary",), ("norm", "rotary")):
+            found[f"split_heads {sizes}, {' and '.join(parts)}"] = functools.partial(
+                check_split_heads, dtype, device, parts, *sizes)
     return found
 
 
@@ -36,8 +39,26 @@ def check(dtype, device, op, *shapes, **options):
                     [torch.randn(shape, device=device).to(dtype) for shape in shapes])
 
 
+def angles_of(positions, D, device):
+    return torch.arange(positions, device=device)[:, None] / 100 ** (torch.arange(0, D, 2, device=device) / D)
+
+
+def check_split_heads(dtype, device, parts, B, T, H, H_kv, D):
+    angles = angles_of(T, D, device)
+
+    def on(module):
+        def split(x, *weights):
+            tables = (angles.cos().to(x.dtype), angles.sin().to(x.dtype)) if "rotary" in parts else (None, None)
+            q, k, v = module.split_heads(x, (H, H_kv, H_kv), *(weights or (None, None)), 1e-5, *tables)
+            return q, k, v.clone()
+        return split
+
+    shapes = [(B, T, H + 2 * H_kv, D), *[(D,)] * 2 * ("norm" in parts)]
+    precision.check(on(kernels), on(reference), [torch.randn(shape, device=device).to(dtype) for shape in shapes])
+
+
 def check_rotary(dtype, device, with_positions, B, T, H, H_kv, D):
-    angles = torch.arange(2 * T, device=device)[:, None] / 100 ** (torch.arange(0, D, 2, device=device) / D)
+    angles = angles_of(2 * T, D, device)
     positions = torch.randint(2 * T, (B, T), device=device) if with_positions else None
     fused = torch.randn(B, T, H + 2 * H_kv, D, device=device).to(dtype)
 

@@ -34,6 +34,7 @@ TINY = {"attention": ["--tokens", "64", "--width", "32", "--lengths", "32", "--h
         "linear_cross_entropy": ["--sizes", "8x8x40", "--repeats", "2"],
         "activations": ["--rows", "8", "--widths", "32", "--repeats", "2"],
         "rotary": ["--tokens", "32", "--lengths", "16", "--repeats", "2"],
+        "split_heads": ["--repeats", "2"],
         "decode_attention": ["--lengths", "16", "--repeats", "2"],
         "quantized_linear": ["--sizes", "128", "--repeats", "2"],
         "train": ["--model.preset=tiny", "--model.context_length=16", "--model.depth=1", "--model.width=32",
@@ -89,6 +90,7 @@ def steps(device: str, peers: list[str]) -> list[Step]:
         "quantized_linear": ("quantized_linear", 60, []),
         "activations": ("activations", 60, []),
         "rotary": ("rotary", 60, []),
+        "split_heads": ("split_heads", 60, []),
         "train-compiled": ("train", 240, ["--paths", "triton_compiled", "compiled", *["nanogpt_compiled"] * nanogpt]),
         "attention-plain": ("attention", 150, ["--paths", "plain", "compiled"]),
     }

@@ -25,7 +25,7 @@ UPDATE = "clipping and optimizer"
 OTHERS = "other"
 GROUPS = {
     "minigpt::linear_cross_entropy": "head and loss", "minigpt::scaled": "head and loss",
-    "minigpt::attention": "attention", "minigpt::norm": "norms", "minigpt::rotary": "rotary",
+    "minigpt::attention": "attention", "minigpt::norm": "norms", "minigpt::split_heads": "heads",
     "minigpt::gelu": "activations", "minigpt::swiglu": "activations", "minigpt::squared_relu": "activations",
     "aten::mm": "projections", "aten::addmm": "projections", "aten::bmm": "projections",
     "aten::sum": "sums (bias gradients)", "aten::embedding": "embedding",
@@ -115,7 +115,17 @@ def bytes_of(schema, given, out) -> int:
         written += bytes_in(out)
     if schema.name in ("aten::zeros_like", "aten::ones_like", "aten::fill_", "aten::zero_"):
         return written
-    return bytes_in(list(given.values())) + written
+    return bytes_in(list(given.values())) - unread(schema.name, given) + written
+
+
+def unread(name, given) -> int:
+    """Of the projection that split_heads takes values are not read, and backward nothing where there is no norm."""
+    if not name.startswith("minigpt::split_heads"):
+        return 0
+    x = given["x"]
+    values = (x.shape[2] - given["H"]) // 2 if "H" in given else given["grad_v"].shape[2]
+    without_norm = "grad_v" in given and given["q_weight"] is None
+    return bytes_in(x if without_norm else x[:, :, :values])
 
 
 def bytes_in(value) -> int:

@@ -278,8 +278,9 @@ def check_split_heads(x, heads, q_weight, k_weight, eps, cos, sin, positions):
 
 
 def swiglu(gate, up=None):
-    """silu(gate) · up (arXiv 2002.05202), of one shape and floating dtype; without `up`, gate (..., 2N) holds the halves
-    of both. ValueError where the arguments do not fit.
+    """silu(gate) · up (arXiv 2002.05202), of one shape and floating dtype; without `up`, gate (..., 2N) holds both.
+
+    ValueError where the arguments do not fit.
     """
     check_swiglu(gate, up)
     if up is None:

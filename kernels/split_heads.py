@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common import Launch, multiprocessors, next_power_of_2, round_to
+from kernels.common import MOST_REGISTERS, Launch, multiprocessors, next_power_of_2, round_to
 from kernels.norm import add_partials
 from kernels.pointwise import PROGRAMS_PER_SM, check_dtypes
 from kernels.reference import check_split_heads
@@ -206,7 +206,8 @@ def run_forward(q, k, q_weight, k_weight, cos, sin, positions, q_out, k_out, eps
         dict(q_ptr=q, k_ptr=k, q_weight_ptr=q_weight, k_weight_ptr=k_weight, cos_ptr=cos, sin_ptr=sin,
              position_ptr=positions, q_out_ptr=q_out, k_out_ptr=k_out, **sizes(q, cos, positions),
              **strides(q=q, k=k), eps=eps),
-        dict(H=q.shape[2], H_KV=k.shape[2], HALF=q.shape[3] // 2, BACK=back, **constants), dict(num_warps=WARPS))
+        dict(H=q.shape[2], H_KV=k.shape[2], HALF=q.shape[3] // 2, BACK=back, **constants),
+        dict(num_warps=WARPS, maxnreg=MOST_REGISTERS))
 
 
 def run_backward(grad_q, grad_k, grad_v, x, q_weight, k_weight, cos, sin, positions, grad_x, grad_q_weight,
@@ -223,7 +224,8 @@ def run_backward(grad_q, grad_k, grad_v, x, q_weight, k_weight, cos, sin, positi
              k_weight_ptr=k_weight, cos_ptr=cos, sin_ptr=sin, position_ptr=positions, grad_x_ptr=grad_x,
              q_sums_ptr=sums[0], k_sums_ptr=sums[1], **sizes(x, cos, positions),
              **strides(q=grad_q, k=grad_k, v=grad_v, x=x), eps=eps),
-        dict(H=grad_q.shape[2], H_KV=grad_k.shape[2], HALF=x.shape[3] // 2, **constants), dict(num_warps=WARPS))
+        dict(H=grad_q.shape[2], H_KV=grad_k.shape[2], HALF=x.shape[3] // 2, **constants),
+        dict(num_warps=WARPS, maxnreg=MOST_REGISTERS))
     return [main] if grad_q_weight is None else [main, add_partials(*sums, grad_q_weight, grad_k_weight)]
 
 

@@ -114,6 +114,17 @@ def test_the_profile_counts_what_arithmetic_says(capsys):
     assert sum(group.floor for group in groups.values()) * 1e3 == pytest.approx(float(lines[-1].split()[-1]), rel=1e-3)
 
 
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_values_are_counted_where_they_are_moved(qk_norm, capsys):
+    """Two query heads, one for keys and one for values: 3 of 4 are read and written, backward all are written."""
+    *_, groups = profile(capsys, "--model.num_kv_heads=1", f"--model.qk_norm={str(qk_norm).lower()}")
+    head, tables, weights = B * T * C // 2 * 2, 2 * T * C // 2 // 2 * 4, 2 * C // 2 * 4 * qk_norm
+    positions = T * 8
+    forward = 3 * head + 3 * head + tables + positions + weights
+    backward = 4 * head + 3 * head * qk_norm + 4 * head + tables + positions + 2 * weights
+    assert groups["heads"].num_bytes == L * (forward + backward)
+
+
 def test_the_optimizer_is_a_group_of_its_own(capsys):
     """AdamW reads and writes weight and two moments and reads the gradient; clipping reads and scales it; two norms."""
     *_, groups = profile(capsys, *GPT2)

@@ -21,6 +21,7 @@ SMALL = {
     "linear_cross_entropy": ["--sizes", "16x8x40", "8x8x40"],
     "activations": ["--rows", "8", "--widths", "16", "24", "--ops", "gelu"],
     "rotary": ["--tokens", "32", "--lengths", "8", "16"],
+    "split_heads": ["--head-sizes", "8"],
     "decode_attention": ["--lengths", "8", "16"],
     "quantized_linear": ["--sizes", "128", "--rows", "1"],
 }
@@ -28,7 +29,8 @@ PATH = dict.fromkeys(SMALL, "reference") | {"attention": "plain"}
 """One that exists everywhere."""
 LABELS = dict.fromkeys(SMALL, ("width", (16, 24))) | dict.fromkeys(
     ("attention", "rotary", "decode_attention"), ("length", (8, 16))) | {
-    "linear_cross_entropy": ("targets", (16, 8)), "quantized_linear": ("bits", (8, 4))}
+    "linear_cross_entropy": ("targets", (16, 8)), "quantized_linear": ("bits", (8, 4)),
+    "split_heads": ("group", (1, 4))}
 DIRECTIONS = dict.fromkeys(SMALL, harness.DIRECTIONS) | {
     "linear_cross_entropy": harness.WITH_GRADIENTS, "decode_attention": ("inference",),
     "quantized_linear": ("inference",)}
@@ -118,6 +120,7 @@ def test_scores_that_do_not_fit_are_not_tried(capsys, monkeypatch):
     ("attention", ["--head-sizes", "3"], "--head-sizes 3 does not divide 16"),
     ("quantized_linear", ["--sizes", "100"], "--sizes 100 is no multiple of 128"),
     ("rotary", ["--lengths", "5"], "--lengths 5 does not divide 32"),
+    ("split_heads", ["--head-sizes", "7"], "--head-sizes 7 is odd or does not make heads of width 128 in groups of 4"),
     ("linear_cross_entropy", ["--sizes", "8x8"], "argument --sizes: '8x8' is not targets x width x vocabulary, as in "),
     ("activations", ["--ops", "tanh"], "argument --ops: invalid choice: 'tanh'"),
     ("rms_norm", ["--rows", "0"], "argument --rows: '0' is not a whole number of at least 1"),

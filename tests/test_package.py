@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 CORE = ["torch", "triton", "numpy", "sentencepiece", "safetensors"]
 TRITON_MODULES = {("kernels", name) for name in (
     "attention", "common", "decode_attention", "flash_attention", "gelu", "layer_norm", "linear_cross_entropy", "lint",
-    "norm", "pointwise", "quantized_linear", "rms_norm", "rotary", "squared_relu", "swiglu")}
+    "norm", "pointwise", "quantized_linear", "rms_norm", "rotary", "split_heads", "squared_relu", "swiglu")}
 """Those that load Triton; nothing imports them before a Triton kernel is picked."""
 MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
                  for package in ("minigpt", "kernels") for path in (ROOT / package).rglob("*.py")
