@@ -99,8 +99,9 @@ class ModelConfig(Section):
     """Key-value heads, H_kv, a divisor of num_heads (grouped queries); 0: num_heads."""
     head_size: int = setting(0, low=0, high=1 << 14)
     """Size of one head, D; 0: width / num_heads."""
-    mlp: str = setting("squared_relu", choices=("gelu", "swiglu", "squared_relu"))
-    """Feed-forward: GPT-2's tanh-GELU, SwiGLU (arXiv 2002.05202) or squared ReLU (arXiv 2109.08668)."""
+    mlp: str = setting("squared_relu", choices=("gelu", "gelu_erf", "swiglu", "squared_relu"))
+    """Feed-forward: GPT-2's tanh-GELU, BERT's GELU by erf (arXiv 1606.08415), SwiGLU (arXiv 2002.05202) or squared ReLU
+    (arXiv 2109.08668)."""
     mlp_width: int = setting(0, low=0, high=1 << 20)
     """Hidden size of the feed-forward; 0: 4 width, for swiglu 8/3 width rounded up to a multiple of 32."""
     norm: str = setting("rms_norm", choices=("layer_norm", "rms_norm"))
@@ -115,6 +116,13 @@ class ModelConfig(Section):
     """Base of the rotary frequencies."""
     rope_scale: float = setting(1.0, low=1e-3)
     """Rotary positions are divided by this (linear scaling, arXiv 2306.15595)."""
+    rope_original_context: int = setting(0, low=0, high=1 << 22)
+    """Context that a model was first trained with, before rope_scale (Llama 3.1): pairs that turn less than
+    rope_low_turns times in it are slowed in full, from rope_high_turns on none is; 0: all are."""
+    rope_low_turns: float = setting(1.0, low=0.0)
+    """See rope_original_context."""
+    rope_high_turns: float = setting(4.0, low=0.0)
+    """See rope_original_context; above rope_low_turns."""
     qk_norm: bool = setting(True)
     """RMSNorm of every query and key head (arXiv 2302.05442)."""
     bias: bool = setting(False)
@@ -140,6 +148,9 @@ class ModelConfig(Section):
         if self.position == "rotary" and self.D % 2:
             size = "head_size" if self.head_size else "width / num_heads"
             raise ValueError(f"{size} = {self.D} is odd; rotary positions turn pairs, so make it even")
+        if self.rope_low_turns >= self.rope_high_turns:
+            raise ValueError(f"rope_low_turns = {self.rope_low_turns} is not below rope_high_turns = "
+                             f"{self.rope_high_turns}; change one of them")
 
     @property
     def D(self) -> int:

@@ -71,6 +71,8 @@ class NoNorm(nn.Module):
 class GeluMLP(nn.Module):
     """down(gelu(up(x)))"""
 
+    approximate = "tanh"
+
     @staticmethod
     def default_width(C):
         return 4 * C
@@ -81,7 +83,13 @@ class GeluMLP(nn.Module):
         self.down = Linear(width, config.width, bias=config.bias)
 
     def forward(self, x):
-        return self.down(kernels.gelu(F.linear(x, self.up.weight), self.up.bias, approximate="tanh"))
+        return self.down(kernels.gelu(F.linear(x, self.up.weight), self.up.bias, self.approximate))
+
+
+class ErfGeluMLP(GeluMLP):
+    """down(gelu(up(x))), GELU by erf."""
+
+    approximate = "none"
 
 
 class SquaredReluMLP(GeluMLP):
@@ -137,7 +145,14 @@ class RotaryPositions(NoPositions):
         super().__init__(config)
         float64 = dict(dtype=torch.float64, device="cpu")       # real also where the model is made on the meta device
         inverse = config.rope_base ** (-torch.arange(0, config.D, 2, **float64) / config.D)                # (D/2,)
-        angles = torch.arange(config.context_length, **float64)[:, None] / config.rope_scale * inverse
+        if config.rope_original_context:
+            turns = config.rope_original_context * inverse / (2 * math.pi)
+            low, high = config.rope_low_turns, config.rope_high_turns
+            kept = ((turns - low) / (high - low)).clamp(0, 1)                       # part of the pair's own speed
+            inverse = inverse * (kept + (1 - kept) / config.rope_scale)
+        else:
+            inverse = inverse / config.rope_scale
+        angles = torch.arange(config.context_length, **float64)[:, None] * inverse
         self.register_buffer("cos", angles.cos().float(), persistent=False)                            # (T_max, D/2)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
@@ -147,7 +162,7 @@ class RotaryPositions(NoPositions):
 
 
 NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
-MLPS = {"gelu": GeluMLP, "swiglu": SwigluMLP, "squared_relu": SquaredReluMLP}
+MLPS = {"gelu": GeluMLP, "gelu_erf": ErfGeluMLP, "swiglu": SwigluMLP, "squared_relu": SquaredReluMLP}
 POSITIONS = {"none": NoPositions, "learned": LearnedPositions, "rotary": RotaryPositions}
 
 

@@ -242,7 +242,7 @@ def test_ranges_are_inclusive_and_checked_for_every_field():
             low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
             beyond = 1 if field.type == "int" else 1e-9
             if low is not None:
-                if field.name != "width":               # a width of 1 is in range, but too small for 4 heads
+                if field.name not in ("width", "rope_high_turns"):      # whose least contradicts another's default
                     factory(**{field.name: low})
                 assert "is too small" in fault(factory, **{field.name: low - beyond})
             if high is not None:

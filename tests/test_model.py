@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from compare import assert_close, largest_error, rms
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from twins import gpt2_twins, llama_twins, random_model, rename
+from twins import LLAMA3, gpt2_twins, llama_twins, random_model, rename
 
 import kernels
 from minigpt.config import PRESETS, ModelConfig, make_config
@@ -61,8 +61,8 @@ def test_equals_gpt2():
     same_logits(*gpt2_twins(), 1e-5)
 
 
-@pytest.mark.parametrize("kind, settings", [("Llama", {}), ("Mistral", {"sliding_window": 5}), ("Qwen2", {}),
-                                            ("Qwen3", {})])
+@pytest.mark.parametrize("kind, settings", [
+    ("Llama", {}), ("Llama", {"rope": LLAMA3}), ("Mistral", {"sliding_window": 5}), ("Qwen2", {}), ("Qwen3", {})])
 def test_equals_models_of_the_modern_style(kind, settings):
     """Grouped queries, rotary positions with base and scale, SwiGLU; also windows, QKV biases and QK-norm."""
     same_logits(*llama_twins(kind, **settings), 1e-5)
@@ -90,8 +90,8 @@ VARIANTS = [dict(norm=norm, mlp=mlp, position=position, norm_position=norm_posit
                  head_size=(0, 10)[number // 3 % 2], window=(0, 3)[number // 5 % 2], tied_embeddings=number % 4 < 2,
                  qkv_bias=(None, True, False)[number // 4 % 3])
             for number, (norm, mlp, position, norm_position) in enumerate(itertools.product(
-                ("layer_norm", "rms_norm"), ("gelu", "swiglu", "squared_relu"), ("rotary", "learned", "none"),
-                ("pre", "post")))]
+                ("layer_norm", "rms_norm"), ("gelu", "gelu_erf", "swiglu", "squared_relu"),
+                ("rotary", "learned", "none"), ("pre", "post")))]
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda settings: "-".join(map(str, settings.values())))

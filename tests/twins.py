@@ -39,20 +39,26 @@ def gpt2_twins(vocab_size: int = 53, context_length: int = 16, seed: int = 0):
     return theirs, ours
 
 
-def llama_twins(kind: str, seed: int = 0, **theirs_only):
+LINEAR = ({"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}, dict(rope_base=500.0, rope_scale=2.0))
+LLAMA3 = ({"rope_type": "llama3", "factor": 8.0, "rope_theta": 500.0, "original_max_position_embeddings": 100,
+           "low_freq_factor": 1.5, "high_freq_factor": 5.0},
+          dict(rope_base=500.0, rope_scale=8.0, rope_original_context=100, rope_low_turns=1.5, rope_high_turns=5.0))
+"""Rotary positions in transformers' words and in ours; of the second the pairs turn 16, 4.6, 1.3, 0.4 and 0.1 times."""
+
+
+def llama_twins(kind: str, seed: int = 0, rope=LINEAR, **theirs_only):
     """(transformers' Llama, Qwen2, Qwen3 or Mistral, ours), with grouped queries and a head of its own."""
     import transformers
 
     shape = dict(vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=16, rms_norm_eps=1e-3, tie_word_embeddings=False,
-                 attn_implementation="eager",
-                 rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0})
+                 attn_implementation="eager", rope_parameters=rope[0])
     head_size = 6 if kind == "Qwen2" else 10
     config = getattr(transformers, kind + "Config")(**shape, head_dim=head_size, **theirs_only)
     theirs = randomise(getattr(transformers, kind + "ForCausalLM")(config), seed)
     ours = GPT(ModelConfig(
         vocab_size=53, context_length=16, depth=2, width=24, num_heads=4, num_kv_heads=2, head_size=head_size,
-        mlp="swiglu", mlp_width=40, norm="rms_norm", norm_eps=1e-3, position="rotary", rope_base=500.0, rope_scale=2.0,
+        mlp="swiglu", mlp_width=40, norm="rms_norm", norm_eps=1e-3, position="rotary", **rope[1],
         qk_norm=kind == "Qwen3", bias=False, qkv_bias=kind == "Qwen2", tied_embeddings=False,
         window=theirs_only.get("sliding_window") or 0)).eval()
     names = {"model.embed_tokens": "embedding", "model.norm": "final_norm", "model.layers.": "blocks.",
