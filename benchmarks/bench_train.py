@@ -46,6 +46,8 @@ RECIPES = {"cuda": ["configs/gpt2.toml", "--train.accumulation_steps=1"], "cpu":
 """What is measured where no CONFIG is given."""
 WARM_UP, PROFILED = 3, 5
 """Steps."""
+MOST_SECONDS, LEAST_REPEATS = 10.0, 5
+"""Steps so slow that all repeats would take longer than this are repeated less often, but this often."""
 BATCHES = 4
 """Different ones, taken in turn."""
 LOGIT_BYTES = 12
@@ -68,6 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         harness.save(options.json, {})
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if options.profile and options.device.type == "cpu" and options.dtype != torch.bfloat16:
+        parser.error("--profile without a GPU: floors are known for bfloat16 alone; leave --dtype out")
     if options.profile and (options.paths or options.plot):
         parser.error("--profile is of the path triton, and no plot; leave --paths and --plot out")
     if unknown := set(options.paths or ()) - paths.keys():
@@ -84,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         compare({name: paths[name] for name in options.paths or paths}, config, options, result)
     harness.save(options.json, result)
     print(json.dumps(result))
+    if all("error" in row for row in result.get("results", [{}])):
+        sys.exit(1)
 
 
 def read_config(file: str, overrides: list[str]) -> Config:
@@ -91,7 +97,11 @@ def read_config(file: str, overrides: list[str]) -> Config:
     config = load_config(file, overrides)
     if config.objective.name != "causal":
         raise ValueError(f"objective.name = {config.objective.name!r}: what is measured here is causal; leave it out")
+    if config.data.document_mask:
+        raise ValueError("data.document_mask = true: not all paths can hide documents; leave it out")
     vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
+    if vocab_size <= FIRST_BYTE:
+        raise ValueError(f"model.vocab_size = {vocab_size} is too small; make it more than {FIRST_BYTE}")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 
@@ -113,6 +123,20 @@ def compare(paths, config, options, result) -> None:
     result["complete"] = True
     if options.plot:
         report.draw(result, options.plot)
+
+
+def not_nanogpts(config) -> list[str]:
+    """What nanoGPT's model and training have otherwise."""
+    model = config.model
+    its_own = {
+        "model.mlp": (model.mlp, "gelu"), "model.norm": (model.norm, "layer_norm"),
+        "model.norm_position": (model.norm_position, "pre"), "model.position": (model.position, "learned"),
+        "model.qk_norm": (model.qk_norm, False), "model.tied_embeddings": (model.tied_embeddings, True),
+        "model.num_kv_heads": (model.H_kv, model.num_heads), "model.window": (model.window, 0),
+        "model.head_size": (model.D, model.width // model.num_heads),
+        "model.mlp_width": (model.mlp_width or 4 * model.width, 4 * model.width),
+        "model.qkv_bias": (model.qkv_bias in (None, model.bias), True), "optim.name": (config.optim.name, "adamw")}
+    return [key for key, (here, there) in its_own.items() if here != there]
 
 
 def figures(path, config, options) -> dict:
@@ -139,10 +163,10 @@ def measured(path, config, options) -> dict:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     times = []
-    for number in range(options.repeats):
+    while len(times) < options.repeats and (len(times) < LEAST_REPEATS or sum(times) < MOST_SECONDS):
         synchronize(device)
         began = time.perf_counter()
-        step(steps[number % BATCHES])
+        step(steps[len(times) % BATCHES])
         synchronize(device)
         times.append(time.perf_counter() - began)
     tenths = statistics.quantiles(times, n=10, method="inclusive")
@@ -242,6 +266,8 @@ class Own:
 
 def nanogpt(config, device, dtype, compiled=False):
     """nanoGPT's model and optimizer at the shape of the recipe, in a step as that of its training script."""
+    if differ := not_nanogpts(config):
+        raise ValueError(f"nanoGPT has another {', '.join(differ)}; take a recipe of GPT-2's kind")
     peer, shape, optim = importlib.import_module(harness.PEERS["nanogpt"]), config.model, config.optim
     with contextlib.redirect_stdout(io.StringIO()):     # it prints what it makes
         model = peer.GPT(peer.GPTConfig(

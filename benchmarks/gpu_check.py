@@ -162,10 +162,10 @@ class Check:
             print("\n" + "\n".join(report.table(result)))
             if plots:
                 report.draw(result, str(self.record.folder / f"{name}.png"))
-        print(f"\n{'step':<27}{'state':<10}{'seconds':>8}  what came of it")
+        print(f"\n{'step':<32}{'state':<10}{'seconds':>8}  what came of it")
         for step in self.steps:
             outcome = self.record.steps.get(step.name, {})
-            print(f"{step.name:<27}{self.state(step):<10}{outcome.get('seconds', ''):>8}  {gpu_steps.told(outcome)}")
+            print(f"{step.name:<32}{self.state(step):<10}{outcome.get('seconds', ''):>8}  {gpu_steps.told(outcome)}")
         states = {step.name: self.state(step) for step in self.steps}
         unproved = [step.name for step in self.steps if step.decides and states[step.name] != "passed"]
         print(json.dumps({

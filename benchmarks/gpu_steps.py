@@ -139,14 +139,14 @@ class Process:
         state = state or ("passed" if self.step.passed(code, result) else "failed")
         outcome = {"state": state, "seconds": round(time.monotonic() - self.began, 1)}
         if state != "passed":
-            outcome["error"] = _error(state, code, result, output)
+            outcome["error"] = _error(state, code, result, output, seconds)
         return outcome | {"result": result}, output
 
 
-def _error(state, code, result, output):
+def _error(state, code, result, output, seconds):
     """One line that says why a step did not pass."""
     if state == "timed out":
-        return "it took too long"
+        return f"it had not ended after {seconds:.0f} s, which it was given"
     failed = [case for case in result.get("cases", ()) if case["state"] == "failed"]
     if failed:
         return f"{len(failed)} of {len(result['cases'])} failed: {failed[0]['case']}: {failed[0]['error']}"

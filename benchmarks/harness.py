@@ -112,6 +112,8 @@ def parse(options: Parser, arguments: list[str] | None) -> argparse.Namespace:
         file = getattr(chosen, name)
         if file and not Path(file).absolute().parent.is_dir():
             options.error(f"--{name} {file}: there is no such folder")
+        if file and Path(file).is_dir():
+            options.error(f"--{name} {file}: a folder; name a file in it")
     if chosen.plot and Path(chosen.plot).suffix not in (".png", ".svg", ".pdf"):
         options.error(f"--plot {chosen.plot}: the name must end with .png, .svg or .pdf")
     if chosen.plot and importlib.util.find_spec("matplotlib") is None:

@@ -139,6 +139,13 @@ def _(q, k_cache, v_cache, lengths, window, scale):
     return q.new_empty(q.shape)
 
 
+def no_derivative(ctx, *_):
+    raise RuntimeError("kernels.decode_attention has no gradient in Triton; kernels.use('reference') has one")
+
+
+op.register_autograd(no_derivative)
+
+
 def decode_attention(q, k_cache, v_cache, lengths, *, window=None, scale=None):
     check_decode_attention(q, k_cache, v_cache, lengths, window, scale)
     check_dtypes("decode_attention", q=q)

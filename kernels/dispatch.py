@@ -5,10 +5,12 @@ CPU tensors too where TRITON_INTERPRET=1 was set before Triton was imported.
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 OPS = ("attention", "decode_attention", "split_heads", "rotary", "layer_norm", "rms_norm", "swiglu", "gelu",
        "squared_relu", "linear_cross_entropy", "quantized_linear")
@@ -94,8 +96,11 @@ def public(op: str):
     plain = getattr(reference, op)
     @functools.wraps(plain)
     def run(*arguments, **options):
-        first = arguments[0] if arguments else next(iter(options.values()), None)
-        device = first.device.type if isinstance(first, torch.Tensor) else "cpu"
+        device = "cpu"
+        for given in (*arguments, *options.values()):
+            if isinstance(given, torch.Tensor):
+                device = given.device.type
+                break
         if path(op, device)[0] == "reference":
             return plain(*arguments, **options)
         return _triton(op)(*arguments, **options)
@@ -109,7 +114,18 @@ def _triton(op):
 
 
 def _import(op):
+    import torch.compiler.config
+
+    if _digest() not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += _digest()
     importlib.import_module(f"kernels.{op}")
+
+
+@functools.cache
+def _digest():
+    """Of the kernels' sources, for the key of torch.compile's caches, which know an op by its name alone."""
+    sources = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()
 
 
 for once in (path, _import):        # when a caller is compiled, the choice is made once, and nothing of it is traced

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import reference
 from kernels.common import Launch, round_to
 from kernels.reference import check_linear_cross_entropy, reduced
 
@@ -206,7 +207,7 @@ def _(hidden, weight, targets, ignore_index, label_smoothing, z_loss, softcap, o
 @torch.library.custom_op("minigpt::scaled", mutates_args=())
 def scaled(factor: Tensor, x: Tensor) -> Tensor:
     """x times a scalar: an op, so that a second derivative, which it knows nothing of, is refused."""
-    return x * factor.to(x.dtype)
+    return reference.scaled(factor, x)
 
 
 @scaled.register_fake

@@ -48,7 +48,7 @@ def tiles(M: int, N: int) -> tuple[tuple[int, int], dict[str, int]]:
 def tiles_of_programs(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """As `tiles`, with no more programs than run at once: program p takes the p-th group of rows and every P-th on."""
     (groups, columns), constants = tiles(*x.shape)
-    return (max(1, min(groups, multiprocessors(x) * PROGRAMS_PER_SM // columns)), columns), constants
+    return (max(1, min(groups, multiprocessors(x) * PROGRAMS_PER_SM // max(1, columns))), columns), constants
 
 
 def rows_of(x: Tensor) -> Tensor:

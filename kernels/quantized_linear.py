@@ -80,7 +80,8 @@ def product(x, weight, scales, bias, y) -> Launch:
 def op(x: Tensor, packed_weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     rows = rows_of(x)
     if len(rows) > MOST_ROWS:
-        return F.linear(x, dequantize(packed_weight, scales).to(x.dtype), None if bias is None else bias.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, dequantize(packed_weight, scales, x.dtype), None if bias is None else bias.to(x.dtype))
     y = x.new_empty(*x.shape[:-1], len(packed_weight))
     with torch.cuda.device_of(x):
         product(rows, packed_weight.contiguous(), scales.contiguous(), None if bias is None else bias.contiguous(),
@@ -95,7 +96,8 @@ def _(x, packed_weight, scales, bias):
 
 @torch.library.custom_op("minigpt::quantized_linear_backward", mutates_args=())
 def backward(grad: Tensor, packed_weight: Tensor, scales: Tensor) -> Tensor:
-    return grad @ dequantize(packed_weight, scales).to(grad.dtype)
+    with torch.autocast(grad.device.type, enabled=False):
+        return grad @ dequantize(packed_weight, scales, grad.dtype)
 
 
 @backward.register_fake

@@ -30,6 +30,8 @@ def attention(q, k, v, *, causal, window=None, document_ids=None, dropout_p=0.0,
     T, S = q.shape[1], k.shape[1]
     window = None if window is None or window >= S else window                      # one of S hides nothing
     seeded = dropout_p > 0 and seed is not None
+    if scale is not None and scale <= 0:                # torch's own causal mask is -inf times the scale
+        q, scale = q * (-1 if scale else 0), -scale or 1.0
     flag_says_all = window is None and document_ids is None and (not causal or T == S or T == 1 <= S)
     mask = None if flag_says_all and not seeded else _visible(T, S, causal, window, document_ids, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                # (B, H, T, D)
@@ -114,7 +116,7 @@ def decode_attention(q, k_cache, v_cache, lengths, *, window=None, scale=None):
     """
     check_decode_attention(q, k_cache, v_cache, lengths, window, scale)
     rows = []
-    for row, length in enumerate(lengths.tolist()):
+    for row, length in enumerate(lengths.clamp(0, k_cache.shape[1]).tolist()):
         seen = slice(0 if window is None else max(0, length - window), length)
         k, v = (cache[row:row + 1, seen].transpose(1, 2) for cache in (k_cache, v_cache))   # (1, H_kv, keys, D)
         rows.append(F.scaled_dot_product_attention(q[row:row + 1, :, None], k, v, scale=scale,
@@ -334,18 +336,17 @@ def check_pointwise(op, name, x, **others):
 
 
 class _SquaredRelu(torch.autograd.Function):
-    """With a gradient of two passes over memory, 2 max(x, 0) · grad, instead of autograd's three."""
+    """With a gradient of two passes over memory, 2 x · grad where x > 0, instead of autograd's three."""
 
     @staticmethod
     def forward(ctx, x):
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
+        ctx.save_for_backward(x)
+        return F.relu(x).square()
 
     @staticmethod
     def backward(ctx, grad):
-        positive, = ctx.saved_tensors
-        return grad * positive * 2
+        x, = ctx.saved_tensors                          # itself, through which a second derivative goes
+        return torch.ops.aten.threshold_backward(torch.addcmul(x.new_zeros(()), grad, x, value=2), x, 0)
 
 
 def quantized_linear(x, packed_weight, scales, bias=None):
@@ -358,8 +359,9 @@ def quantized_linear(x, packed_weight, scales, bias=None):
     weight and the scales. ValueError where the arguments do not fit.
     """
     check_quantized_linear(x, packed_weight, scales, bias)
-    return F.linear(x, dequantize(packed_weight, scales.detach()).to(x.dtype),
-                    None if bias is None else bias.detach().to(x.dtype))
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, dequantize(packed_weight, scales.detach(), x.dtype),
+                        None if bias is None else bias.detach().to(x.dtype))
 
 
 def quantize(weight, bits, group_size=None):
@@ -386,12 +388,14 @@ def quantize(weight, bits, group_size=None):
     return (low | high << 4).view(N, K // 2), scales
 
 
-def dequantize(packed_weight, scales):
-    """The (N, K) weight in the dtype of the scales."""
+def dequantize(packed_weight, scales, dtype=None):
+    """The (N, K) weight, rounded once, in the dtype of the scales unless one is given."""
+    dtype = dtype or scales.dtype
+    scales = scales.to(torch.promote_types(dtype, torch.float32))
     groups = packed_weight.unflatten(1, (scales.shape[1], -1))
     if packed_weight.dtype == torch.uint8:
         groups = torch.cat((groups & 15, groups >> 4), dim=-1).to(torch.int8) - 8
-    return (groups * scales[..., None]).flatten(1)                                  # (N, G, K/G) to (N, K)
+    return (groups * scales[..., None]).flatten(1).to(dtype)                        # (N, G, K/G) to (N, K)
 
 
 def check_quantized_linear(x, packed_weight, scales, bias):
@@ -485,7 +489,12 @@ class _LossSum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return *(x if x is None else grad.to(x.dtype) * x for x in ctx.saved_tensors), None, None
+        return *(x if x is None else scaled(grad, x) for x in ctx.saved_tensors), None, None
+
+
+def scaled(factor, x):
+    """x times a scalar, which is not rounded to the dtype of x before."""
+    return (x.to(torch.promote_types(x.dtype, factor.dtype)) * factor).to(x.dtype)
 
 
 class _LossEach(torch.autograd.Function):

@@ -11,16 +11,17 @@ from torch.optim.adamw import adamw
 from minigpt.config import OptimConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+PRODUCT_DTYPES = {"cuda": torch.bfloat16}
+"""{type of device: in which its products run}, float32 on others."""
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Bring the singular values of each matrix near 1, by the quintic Newton-Schulz iteration.
 
-    X ← a X + (b A + c A²) X with A = X Xᵀ (Muon, kellerjordan.github.io/posts/muon). matrices (N, R, C); the products
-    run in bfloat16 on a GPU, in float32 on a CPU.
+    X ← a X + (b A + c A²) X with A = X Xᵀ (Muon, kellerjordan.github.io/posts/muon). matrices (N, R, C).
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(PRODUCT_DTYPES.get(matrices.device.type, torch.float32))
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

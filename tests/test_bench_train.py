@@ -1,5 +1,6 @@
 """The benchmark of a training step: its paths take the same step, and its profile counts what arithmetic says."""
 
+import functools
 import json
 import shutil
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_train, roofline
+from minigpt import optim
 
 L, C, B, T, V = 2, 32, 2, 16, 320
 TINY = ["configs/quickstart.toml", f"--model.depth={L}", f"--model.width={C}", "--model.num_heads=2",
@@ -15,6 +17,7 @@ TINY = ["configs/quickstart.toml", f"--model.depth={L}", f"--model.width={C}", "
         "--repeats", "2"]
 GPT2 = ["--model.norm=layer_norm", "--model.mlp=gelu", "--model.position=learned", "--model.qk_norm=false",
         "--model.bias=true", "--optim.name=adamw"]
+CONFIG = bench_train.read_config(TINY[0], [word for word in TINY if "." in word and word != TINY[0]] + GPT2)
 PEER = """
 import torch, dataclasses
 @dataclasses.dataclass
@@ -71,10 +74,27 @@ def test_what_one_path_raises_costs_no_other(capsys, monkeypatch):
     assert plain["error"].startswith("MemoryError: the logits would take") and reference["median_ms"] > 0
 
 
+@pytest.mark.parametrize("change, named", [
+    ("--model.mlp=swiglu", "model.mlp"), ("--model.num_kv_heads=1", "model.num_kv_heads"),
+    ("--model.mlp_width=64", "model.mlp_width"), ("--optim.name=muon", "optim.name"),
+    ("--model.tied_embeddings=false", "model.tied_embeddings")])
+def test_nanogpt_is_measured_at_its_own_shape_only(change, named, capsys, tmp_path):
+    (tmp_path / "model.py").write_text(PEER, "utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        run(capsys, *GPT2, change, "--peer", f"nanogpt={tmp_path}", "--paths", "nanogpt")
+    assert stopped.value.code == 1                      # no path could be measured
+    row, = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert row["error"] == f"ValueError: nanoGPT has another {named}; take a recipe of GPT-2's kind"
+
+
 @pytest.mark.parametrize("options, message", [
     (["--paths", "reference", "jax"], "no path jax here; there is: reference, plain, compiled"),
     (["--objective.name=masked"], "objective.name = 'masked': what is measured here is causal; leave it out"),
     (["--model.depth=none"], "command line: model.depth"),
+    (["--data.document_mask=true"], "data.document_mask = true: not all paths can hide documents; leave it out"),
+    (["--model.vocab_size=4"], "model.vocab_size = 4 is too small; make it more than 5"),
+    (["--profile", "--dtype", "float32"], "--profile without a GPU: floors are known for bfloat16 alone"),
+    (["--json", "/tmp"], "--json /tmp: a folder; name a file in it"),
     (["--profile", "--paths", "reference"], "--profile is of the path triton, and no plot; leave --paths"),
     (["--json", "/proc/x.json"], "[Errno"),
     (["--peer", "nanogpt=."], "--peer nanogpt=.: no model lies in "),
@@ -125,7 +145,7 @@ def test_values_are_counted_where_they_are_moved(qk_norm, capsys):
     assert groups["heads"].num_bytes == L * (forward + backward)
 
 
-def test_the_optimizer_is_a_group_of_its_own(capsys):
+def test_the_optimizer_is_a_group_of_its_own(capsys, monkeypatch):
     """AdamW reads and writes weight and two moments and reads the gradient; clipping reads and scales it; two norms."""
     *_, groups = profile(capsys, *GPT2)
     parameters = V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
@@ -136,6 +156,20 @@ def test_the_optimizer_is_a_group_of_its_own(capsys):
     newton_schulz = sum(2 * 5 * (2 * big * small**2 + small**3) * L for big, small in
                         ((3 * C, C), (C, C), (4 * C, C), (4 * C, C)))
     assert groups["clipping and optimizer"].flops == newton_schulz
+    monkeypatch.setitem(optim.PRODUCT_DTYPES, "cuda", torch.float32)
+    *_, wide = profile(capsys, *GPT2, "--optim.name=muon")
+    assert groups["clipping and optimizer"].num_bytes < 0.8 * wide["clipping and optimizer"].num_bytes
+
+
+def test_a_loss_scale_skips_no_counted_step(capsys):
+    """Regression: the counter's answer to the scaler's question for overflows was yes, so no optimizer ran."""
+    def make():
+        step = bench_train.Own("triton")(CONFIG, torch.device("cpu"), torch.float16)
+        return functools.partial(step, bench_train.batches(CONFIG)[0])
+
+    groups = roofline.count(make, roofline.H100)
+    *_, plain = profile(capsys, *GPT2)
+    assert groups["clipping and optimizer"].num_bytes >= plain["clipping and optimizer"].num_bytes
 
 
 def test_a_window_is_counted_as_the_pairs_it_leaves(capsys):
@@ -170,9 +204,8 @@ def test_kernels_belong_to_the_op_that_launched_them():
 
 def test_a_real_profile_is_attributed():
     """On a CPU the time of ops stands in for that of kernels."""
-    config = bench_train.read_config(TINY[0], [word for word in TINY[1:] if "." in word] + GPT2)
-    step, (batch, *_) = bench_train.Own("reference")(config, torch.device("cpu"), torch.float32), bench_train.batches(
-        config)
+    step = bench_train.Own("reference")(CONFIG, torch.device("cpu"), torch.float32)
+    batch, *_ = bench_train.batches(CONFIG)
     step(batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(batch)

@@ -86,7 +86,7 @@ def test_steps_that_fail_or_take_too_long_cost_no_other(driver, tmp_path):
     assert len(list(result.out.iterdir())) <= 8
     told = {line.split()[0]: line for line in result.lines[-6:-1]}
     assert "2 passed, 1 cannot run; good on the reference" in told["good"]
-    assert "it took too long; 2 rows, 1 of them errors" in told["slow"]
+    assert "which it was given; 2 rows, 1 of them errors" in told["slow"]
     assert result.lines[-9].split() == ["forward", "8", "2.5", "-"]
 
 

@@ -67,7 +67,7 @@ def test_grouped_and_multi_query_heads(H, H_kv, causal):
     check(qkv(B=1, H=H, H_kv=H_kv, S=9), causal=causal)
 
 
-@pytest.mark.parametrize("scale", [0.1, 2.0])
+@pytest.mark.parametrize("scale", [0.1, 2.0, -0.3, 0.0])
 def test_scale(scale):
     check(qkv(), causal=True, scale=scale)
 

@@ -120,3 +120,16 @@ def test_as_an_op():
     assert torch.equal(compiled(*given), kernels.decode_attention(*given, window=4))
     with pytest.raises(ValueError, match="a head size of 257; the Triton kernels take 1 to 256"):
         kernels.decode_attention(*tensors(D=257), given[3])
+
+
+@pytest.mark.triton
+def test_a_gradient_is_refused():
+    q, cache = torch.ones(1, 2, 4, requires_grad=True), torch.ones(1, 3, 2, 4)
+    with pytest.raises(RuntimeError, match=r"no gradient in Triton; kernels\.use\('reference'\) has one"):
+        kernels.decode_attention(q, cache, cache, torch.tensor([2])).sum().backward()
+
+
+def test_lengths_out_of_range_are_the_nearest_in_it():
+    q, cache = torch.randn(2, 2, 4), torch.randn(2, 3, 2, 4)
+    y = kernels.decode_attention(q, cache, cache, torch.tensor([-1, 9]))
+    assert not y[0].any() and torch.equal(y, kernels.decode_attention(q, cache, cache, torch.tensor([0, 3])))

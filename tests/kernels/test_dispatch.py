@@ -1,5 +1,6 @@
 """`kernels.use` picks the implementation for the process or a block, and an explicit choice that cannot run raises."""
 
+import hashlib
 import inspect
 import os
 import subprocess
@@ -79,6 +80,29 @@ def test_a_choice_that_cannot_run_raises_and_changes_nothing():
     hidden = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | {"CUDA_VISIBLE_DEVICES": ""},
                             capture_output=True, text=True)
     assert "ValueError: kernels = triton: " in hidden.stderr and "take auto or reference" in hidden.stderr
+
+
+def test_the_device_is_that_of_the_first_tensor(monkeypatch):
+    """Regression: it was that of the first argument, so kernels.attention(causal=True, q=q, ...) took the reference."""
+    asked = []
+    monkeypatch.setattr(dispatch, "path", lambda op, device: asked.append(device) or ("reference", ""))
+    x = torch.ones(2, 4, device="meta")
+    kernels.rms_norm(eps=1e-5, weight=None, x=x)
+    kernels.rms_norm(x, None, 1e-5)
+    assert asked == ["meta", "meta"]
+
+
+@pytest.mark.triton
+def test_the_kernels_sources_are_in_the_key_of_compiled_code():
+    """Regression: after an update of an op, torch.compile's cache gave back code that called it as it was before."""
+    import torch.compiler.config
+
+    with kernels.use("triton"):
+        kernels.squared_relu(torch.ones(2))
+        kernels.squared_relu(torch.ones(2))
+    assert torch.compiler.config.cache_key_tag.count(dispatch._digest()) == 1
+    sources = [file.read_bytes() for file in sorted((ROOT / "kernels").glob("*.py"))]
+    assert dispatch._digest() == hashlib.sha256(b"\0".join(sources)).hexdigest()
 
 
 def test_the_mark_of_what_is_traced_once_is_that_of_torch():

@@ -29,7 +29,7 @@ def tensors(with_bias, shape=(3, 5, 7), dtype=torch.float32):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1), (2, 65)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1), (2, 65), (3, 0)], ids=str)
 def test_values_and_gradients(approximate, with_bias, shape):
     check_op(op(approximate), formula(approximate), tensors(with_bias, shape), 2e-6)
 

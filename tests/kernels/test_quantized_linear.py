@@ -118,3 +118,21 @@ def test_as_an_op(rows):
     expected, expected_grads, _ = run_op(lambda x: kernels.quantized_linear(x, packed, scales), [x_of(rows, 48)], grads)
     for pair in zip(actual + actual_grads, expected + expected_grads, strict=True):
         assert_close(*pair, 1e-6)
+
+
+@pytest.mark.parametrize("rows", [3, 65])
+def test_autocast_leaves_the_dtype(rows):
+    """Regression: from 65 rows on, where a plain product takes over, the output was in autocast's dtype."""
+    packed, scales = quantize(weight_of(), 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kernels.quantized_linear(x_of(rows, 48), packed, scales)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, kernels.quantized_linear(x_of(rows, 48), packed, scales))
+
+
+def test_scales_in_16_bits_round_no_weight():
+    """Regression: from 65 rows on, and in the gradient, the weight was rounded to the dtype of the scales."""
+    packed, scales = quantize(weight_of(), 8, 16)
+    low = scales.bfloat16()
+    check_op(lambda x: kernels.quantized_linear(x, packed, low),
+             lambda x: x @ dequantize(packed, low.double()).T, [x_of(65, 48)], 1e-5)

@@ -34,3 +34,11 @@ def test_zero_has_no_gradient():
 
 def test_bfloat16_is_as_exact_as_plain_pytorch():
     check_error_ratio(kernels.squared_relu, formula, formula, [random((9, 65), torch.bfloat16)])
+
+
+def test_the_reference_has_a_second_derivative():
+    """Regression: with create_graph=True its gradient had no graph, and nothing said so."""
+    from kernels import reference
+
+    x = random(dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(reference.squared_relu, x)
