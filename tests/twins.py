@@ -2,6 +2,7 @@
 
 import torch
 
+from minigpt import hf
 from minigpt.config import ModelConfig
 from minigpt.model import GPT
 
@@ -29,14 +30,9 @@ def gpt2_twins(vocab_size: int = 53, context_length: int = 16, seed: int = 0):
     theirs = randomise(GPT2LMHeadModel(GPT2Config(
         vocab_size=vocab_size, n_positions=context_length, n_embd=24, n_layer=2, n_head=4, bos_token_id=1,
         eos_token_id=2)), seed)
-    ours = GPT(ModelConfig(vocab_size=vocab_size, context_length=context_length, depth=2, width=24, num_heads=4,
-                           mlp="gelu", norm="layer_norm", position="learned", qk_norm=False, bias=True)).eval()
-    names = {"transformer.wte": "embedding", "transformer.wpe": "positions.embedding", "transformer.ln_f": "final_norm",
-             "transformer.h.": "blocks.", "ln_1": "attention_norm", "ln_2": "mlp_norm", "attn.c_attn": "attention.qkv",
-             "attn.c_proj": "attention.out", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down", "lm_head": "head"}
-    load(ours, {rename(name, names): tensor.mT if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-                else tensor for name, tensor in theirs.state_dict().items()})
-    return theirs, ours
+    return theirs, twin_of(theirs, ModelConfig(
+        vocab_size=vocab_size, context_length=context_length, depth=2, width=24, num_heads=4, mlp="gelu",
+        norm="layer_norm", position="learned", qk_norm=False, bias=True))
 
 
 LINEAR = ({"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}, dict(rope_base=500.0, rope_scale=2.0))
@@ -56,30 +52,22 @@ def llama_twins(kind: str, seed: int = 0, rope=LINEAR, **theirs_only):
     head_size = 6 if kind == "Qwen2" else 10
     config = getattr(transformers, kind + "Config")(**shape, head_dim=head_size, **theirs_only)
     theirs = randomise(getattr(transformers, kind + "ForCausalLM")(config), seed)
-    ours = GPT(ModelConfig(
+    return theirs, twin_of(theirs, ModelConfig(
         vocab_size=53, context_length=16, depth=2, width=24, num_heads=4, num_kv_heads=2, head_size=head_size,
         mlp="swiglu", mlp_width=40, norm="rms_norm", norm_eps=1e-3, position="rotary", **rope[1],
         qk_norm=kind == "Qwen3", bias=False, qkv_bias=kind == "Qwen2", tied_embeddings=False,
-        window=theirs_only.get("sliding_window") or 0)).eval()
-    names = {"model.embed_tokens": "embedding", "model.norm": "final_norm", "model.layers.": "blocks.",
-             "input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm", "self_attn": "attention",
-             "o_proj": "out", "down_proj": "down", "lm_head": "head"}
-    weights = {rename(name, names): tensor for name, tensor in theirs.state_dict().items()}
-    for name in [name for name in weights if ".q_proj." in name or ".gate_proj." in name]:
-        parts, whole = (("q_proj", "k_proj", "v_proj"), "qkv") if "q_proj" in name else (("gate_proj", "up_proj"),
-                                                                                        "gate_up")
-        weights[name.replace(parts[0], whole)] = torch.cat([weights.pop(name.replace(parts[0], p)) for p in parts])
-    load(ours, weights)
-    return theirs, ours
+        window=theirs_only.get("sliding_window") or 0))
+
+
+def twin_of(theirs, config: ModelConfig) -> GPT:
+    """Our model of that config, with the weights of one of transformers'."""
+    tensors, ours = theirs.state_dict(), GPT(config, initial=False).eval()
+    for pair in hf.FAMILIES[theirs.config.model_type].pairs(config):
+        ours.get_parameter(pair.ours).data.copy_(pair.joined([tensors[name] for name in pair.theirs]))
+    return ours
 
 
 def rename(name: str, names: dict[str, str]) -> str:
     for old, new in names.items():
         name = name.replace(old, new)
     return name
-
-
-def load(model: GPT, weights: dict[str, torch.Tensor]) -> None:
-    if model.config.tied_embeddings:
-        assert torch.equal(weights["head.weight"], weights["embedding.weight"])
-    model.load_state_dict(weights)
