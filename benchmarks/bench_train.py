@@ -125,20 +125,6 @@ def compare(paths, config, options, result) -> None:
         report.draw(result, options.plot)
 
 
-def not_nanogpts(config) -> list[str]:
-    """What nanoGPT's model and training have otherwise."""
-    model = config.model
-    its_own = {
-        "model.mlp": (model.mlp, "gelu"), "model.norm": (model.norm, "layer_norm"),
-        "model.norm_position": (model.norm_position, "pre"), "model.position": (model.position, "learned"),
-        "model.qk_norm": (model.qk_norm, False), "model.tied_embeddings": (model.tied_embeddings, True),
-        "model.num_kv_heads": (model.H_kv, model.num_heads), "model.window": (model.window, 0),
-        "model.head_size": (model.D, model.width // model.num_heads),
-        "model.mlp_width": (model.mlp_width or 4 * model.width, 4 * model.width),
-        "model.qkv_bias": (model.qkv_bias in (None, model.bias), True), "optim.name": (config.optim.name, "adamw")}
-    return [key for key, (here, there) in its_own.items() if here != there]
-
-
 def figures(path, config, options) -> dict:
     """Of a path: times in ms, tokens per second, MFU, peak memory and the first loss, or the error."""
     try:
@@ -262,6 +248,20 @@ class Own:
         def loss(inputs, targets):
             return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
         return torch.compile(loss) if self.compiled else loss
+
+
+def not_nanogpts(config) -> list[str]:
+    """What nanoGPT's model and training have otherwise."""
+    model = config.model
+    its_own = {
+        "model.mlp": (model.mlp, "gelu"), "model.norm": (model.norm, "layer_norm"),
+        "model.norm_position": (model.norm_position, "pre"), "model.position": (model.position, "learned"),
+        "model.qk_norm": (model.qk_norm, False), "model.tied_embeddings": (model.tied_embeddings, True),
+        "model.num_kv_heads": (model.H_kv, model.num_heads), "model.window": (model.window, 0),
+        "model.head_size": (model.D, model.width // model.num_heads),
+        "model.mlp_width": (model.mlp_width or 4 * model.width, 4 * model.width),
+        "model.qkv_bias": (model.qkv_bias in (None, model.bias), True), "optim.name": (config.optim.name, "adamw")}
+    return [key for key, (here, there) in its_own.items() if here != there]
 
 
 def nanogpt(config, device, dtype, compiled=False):
