@@ -18,7 +18,7 @@ from minigpt import checkpoint, sampling
 from minigpt.config import Config, ModelConfig, SamplingParams
 from minigpt.device import pick_device
 from minigpt.model import GPT
-from minigpt.tokenizer import END_TOKENS, FIRST_BYTE, Tokenizer
+from minigpt.tokenizer import Tokenizer
 
 DEFAULT = SamplingParams()
 
@@ -44,17 +44,17 @@ class KVCache:
 
 
 @torch.inference_mode()
-def decode(model: GPT, prompt: list[int], params: SamplingParams, *, vocab_size: int, num_rows: int = 1,
+def decode(model: GPT, prompt: list[int], params: SamplingParams, *, never: np.ndarray, num_rows: int = 1,
            first_row: int = 0) -> Iterator[torch.Tensor]:
     """Continue one prompt `num_rows` times: yields the rows' next tokens, (B,) int64, max_new_tokens times.
 
-    Row i draws from a generator seeded by (seed, first_row + i). Never drawn are special tokens other than the two
-    that end a document, and ids from the tokenizer's `vocab_size` on, where the model has more rows than that. When
-    the context is full, its second half is read again as a new beginning.
+    Row i draws from a generator seeded by (seed, first_row + i). Never drawn are the ids where `never` (vocab_size,)
+    bool is true, and those from its length on, where the model has more. When the context is full, its second half is
+    read again as a new beginning.
     """
     config, device = model.config, model.embedding.weight.device
     generators = [torch.Generator(device).manual_seed(_mixed(params.seed, first_row + row)) for row in range(num_rows)]
-    never = torch.tensor([token not in END_TOKENS for token in range(FIRST_BYTE)], device=device)
+    never = torch.from_numpy(never).to(device)
     everything = torch.tensor([prompt] * num_rows, device=device)                           # (B, T)
     fresh, cache = everything[:, -config.context_length:], None
     for _ in range(params.max_new_tokens):
@@ -64,8 +64,7 @@ def decode(model: GPT, prompt: list[int], params: SamplingParams, *, vocab_size:
             length = min(config.context_length, fresh.shape[1] + params.max_new_tokens)
             cache = KVCache(config, num_rows, length, device, model.embedding.weight.dtype)
         hidden = model.hidden(fresh, cache=cache)[:, -1]                                    # (B, C)
-        logits = model.head(hidden).float()[:, :vocab_size]                                 # (B, V)
-        logits[:, :FIRST_BYTE].masked_fill_(never, -torch.inf)
+        logits = model.head(hidden).float()[:, :len(never)].masked_fill_(never, -torch.inf)  # (B, V)
         following = sampling.sample(logits, everything, params, generators)
         yield following
         fresh = following[:, None]
@@ -99,9 +98,9 @@ class Run:
 
     def _pieces(self, ids, params, row):
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for following in decode(self.model, ids, params, vocab_size=self.tokenizer.vocab_size, first_row=row):
+        for following in decode(self.model, ids, params, never=self.tokenizer.never_sampled, first_row=row):
             token = int(following)
-            if token < FIRST_BYTE:
+            if self.tokenizer.is_special[token]:
                 break
             if piece := decoder.decode(self.tokenizer.token_bytes[token]):
                 yield piece
@@ -112,9 +111,9 @@ class Run:
         """`number` continuations of one prompt, decoded as one batch; sample i equals row i of `stream`."""
         ids = self.encode_prompt(prompt)
         rows, ended = [[] for _ in range(number)], [False] * number
-        for following in decode(self.model, ids, params, vocab_size=self.tokenizer.vocab_size, num_rows=number):
+        for following in decode(self.model, ids, params, never=self.tokenizer.never_sampled, num_rows=number):
             for row, token in enumerate(following.tolist()):
-                ended[row] = ended[row] or token < FIRST_BYTE
+                ended[row] = ended[row] or self.tokenizer.is_special[token]
                 if not ended[row]:
                     rows[row].append(token)
             if all(ended):

@@ -8,7 +8,6 @@ import torch
 
 from minigpt.data import in_order
 from minigpt.shards import Split
-from minigpt.tokenizer import SPECIAL_TOKENS
 
 
 class Stopped(Exception):
@@ -30,7 +29,8 @@ def evaluate(model, objective, split: Split, *, context_length: int, batch_size:
     device = model.embedding.weight.device
     sums, counts, row = {}, {}, 0
     try:
-        for rows in in_order(split, context_length, objective.extra, batch_size, SPECIAL_TOKENS["<pad>"]):
+        for rows in in_order(split, context_length, objective.extra, batch_size,
+                             objective.tokenizer.special_tokens["<pad>"]):
             if should_stop():
                 raise Stopped
             batch = objective.batch(rows, row, training=False)

@@ -15,7 +15,7 @@ import torch
 
 import kernels
 from minigpt.config import Config
-from minigpt.tokenizer import FIRST_BYTE, Tokenizer
+from minigpt.tokenizer import Tokenizer
 
 IGNORED = -100
 
@@ -52,7 +52,7 @@ class CausalLM:
         """rows (B, T + extra) of tokens, numbered from `first`. In evaluation special tokens are no targets."""
         inputs, targets = rows[:, :-1], rows[:, 1:]
         if not training:
-            targets = np.where(targets < FIRST_BYTE, IGNORED, targets)
+            targets = np.where(self.tokenizer.is_special[targets], IGNORED, targets)
         return self._tensors(inputs, targets)
 
     def _tensors(self, inputs, targets):
@@ -82,11 +82,13 @@ class MaskedLM(CausalLM):
 
     def batch(self, rows, first, training=True):
         inputs, targets = rows.copy(), np.full_like(rows, IGNORED)
+        text = ~self.tokenizer.is_special
+        text_ids = np.flatnonzero(text)
         for number, row in enumerate(rows):
             random = np.random.default_rng([self.seed, first + number, int(training)])
-            chosen = (random.random(len(row)) < self.config.mask_probability) & (row >= FIRST_BYTE)
+            chosen = (random.random(len(row)) < self.config.mask_probability) & text[row]
             fate = random.random(len(row))
-            other = random.integers(FIRST_BYTE, self.tokenizer.vocab_size, len(row))
+            other = text_ids[random.integers(len(text_ids), size=len(row))]
             targets[number, chosen] = row[chosen]
             masked, replaced = chosen & (fate < 0.8), chosen & (fate >= 0.8) & (fate < 0.9)
             inputs[number, masked] = self.tokenizer.special_tokens["<mask>"]

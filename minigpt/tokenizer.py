@@ -16,12 +16,13 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from minigpt.files import write_durably
 
 SPECIAL_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<mask>": 4}
 """<s> starts a document and so also ends the one before it; </s> ends a segment; <unk> is never produced."""
 END_TOKENS = (SPECIAL_TOKENS["<s>"], SPECIAL_TOKENS["</s>"])
-"""Either of these, sampled, ends a text."""
 FIRST_BYTE = len(SPECIAL_TOKENS)
 MIN_VOCAB_SIZE = FIRST_BYTE + 256 + 1
 SPACE = "\u2581"
@@ -38,7 +39,7 @@ class Tokenizer:
 
     Attributes: `kind` ("bpe" or "bytes"), `vocab_size`, `special_tokens` {name: id}, `fingerprint` (SHA-256 in
     hexadecimal of what decides every encoding), `token_bytes` (for each id the bytes it stands for, empty for
-    special tokens).
+    special tokens), `is_special` (vocab_size,) bool, `end_tokens`, each of which, sampled, ends a text.
     """
 
     def __init__(self, kind: str, model: bytes = b""):
@@ -56,6 +57,15 @@ class Tokenizer:
             pieces = map(self._processor.id_to_piece, range(len(self.token_bytes), self._processor.get_piece_size()))
             self.token_bytes += [piece.replace(SPACE, " ").encode() for piece in pieces]
         self.vocab_size = len(self.token_bytes)
+        self.is_special = np.arange(self.vocab_size) < FIRST_BYTE
+        self.end_tokens = END_TOKENS
+
+    @property
+    def never_sampled(self) -> np.ndarray:
+        """(vocab_size,) bool: special tokens that do not end a text."""
+        never = self.is_special.copy()
+        never[list(self.end_tokens)] = False
+        return never
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int = 4096, kind: str = "bpe") -> Tokenizer:

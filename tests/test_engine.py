@@ -33,7 +33,7 @@ def run_of(model, objective="causal"):
 
 def ids(model, prompt, params, **options):
     """Prompt's ids and the ids that `decode` draws, for one row."""
-    return [int(token) for token in decode(model, prompt, params, vocab_size=V, **options)]
+    return [int(token) for token in decode(model, prompt, params, never=TOKENIZER.never_sampled, **options)]
 
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=15)

@@ -136,6 +136,9 @@ def test_ids_stand_for_bytes(tokenizer):
     assert tokenizer.token_bytes[:FIRST_BYTE] == [b""] * FIRST_BYTE
     assert tokenizer.token_bytes[FIRST_BYTE:FIRST_BYTE + 256] == [bytes([value]) for value in range(256)]
     assert len(tokenizer.token_bytes) == tokenizer.vocab_size
+    assert tokenizer.is_special.tolist() == [id < FIRST_BYTE for id in range(tokenizer.vocab_size)]
+    never = [SPECIAL_TOKENS[name] for name in ("<unk>", "<pad>", "<mask>")]
+    assert tokenizer.never_sampled.nonzero()[0].tolist() == never and tokenizer.end_tokens == (1, 2)
     assert tokenizer.special_tokens == SPECIAL_TOKENS and tokenizer.document_start == SPECIAL_TOKENS["<s>"]
     assert tokenizer.decode([*SPECIAL_TOKENS.values()]) == ""
     assert tokenizer.decode(iter([FIRST_BYTE + 72, 1, FIRST_BYTE + 105])) == "Hi"
