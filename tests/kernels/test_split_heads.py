@@ -90,7 +90,7 @@ def test_low_precision_is_as_exact_as_plain_pytorch(part):
 @pytest.mark.triton
 def test_more_tokens_than_programs():
     tables = table(16, 300)
-    check_op(op(HEADS, tables), formula(HEADS, tables), inputs("norm, rotary", 16, B=30, T=300), 1e-5)
+    check_op(op(HEADS, tables), formula(HEADS, tables), inputs("norm, rotary", 16, B=8, T=300), 1e-5)
 
 
 @pytest.mark.parametrize("part", PARTS)
