@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 OPS = ("attention", "decode_attention", "split_heads", "rotary", "layer_norm", "rms_norm", "swiglu", "gelu",
@@ -19,6 +18,8 @@ LEAST_CAPABILITY = (8, 0)
 """Of a GPU: Ampere, the first with bfloat16."""
 
 _choice = "auto"
+_loaded = {op: [] for op in OPS}
+"""{op: its Triton implementation, once it was picked}: a list for each, that a caller being compiled reads it anew."""
 
 
 class use:
@@ -93,7 +94,7 @@ def public(op: str):
 
     from kernels import reference
 
-    plain = getattr(reference, op)
+    plain, loaded = getattr(reference, op), _loaded[op]
     @functools.wraps(plain)
     def run(*arguments, **options):
         device = "cpu"
@@ -103,14 +104,10 @@ def public(op: str):
                 break
         if path(op, device)[0] == "reference":
             return plain(*arguments, **options)
-        return _triton(op)(*arguments, **options)
+        _import(op)
+        return loaded[0](*arguments, **options)
 
     return run
-
-
-def _triton(op):
-    _import(op)
-    return getattr(sys.modules[f"kernels.{op}"], op)
 
 
 def _import(op):
@@ -118,7 +115,8 @@ def _import(op):
 
     if _digest() not in torch.compiler.config.cache_key_tag:
         torch.compiler.config.cache_key_tag += _digest()
-    importlib.import_module(f"kernels.{op}")
+    if not _loaded[op]:
+        _loaded[op].append(getattr(importlib.import_module(f"kernels.{op}"), op))
 
 
 @functools.cache

@@ -189,7 +189,6 @@ def test_activation_checkpointing():
     assert all(map(torch.equal, *grads))
 
 
-@pytest.mark.slow
 def test_offsets_over_2_31_elements():
     """Rows 2^31 elements apart, in memory of which the system hands out only the pages that are touched."""
     inputs = [x.bfloat16() for x in qkv(B=1, T=2, S=2, H=2, H_kv=2, D=16)]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from compare import assert_close, check_op, run_op
-from marks import slow
 
 import kernels
 from kernels import reference
@@ -154,7 +153,7 @@ def test_rows_that_are_contiguous_are_not_copied():
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("name", [slow("layer_norm"), "rms_norm"])
+@both
 def test_offsets_over_2_31_elements(name):
     """Rows 2^30 elements apart, in memory of which the system hands out only the pages that are touched."""
     packed = arguments(name, rows=3, dtype=torch.bfloat16)
