@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from kernels import flash_attention
-from kernels.common import MOST_REGISTERS, Launch, next_power_of_2
+from kernels.common import MOST_REGISTERS, Launch, next_power_of_2, with_rows
 from kernels.reference import check_attention
 
 MAX_HEAD_SIZE = 256
@@ -105,7 +105,7 @@ class Call:
     """What all launches of one call share: the tensors as the kernels take them, numbers and constants."""
 
     def __init__(self, q, k, v, document_ids, seed, causal, window, dropout_p, scale, capability):
-        q, k, v = rows_of(q), rows_of(k), rows_of(v)
+        q, k, v = with_rows(q), with_rows(k), with_rows(v)
         self.B, self.T, self.H, self.D = q.shape
         self.S, self.H_kv = k.shape[1:3]
         self.scale = scale
@@ -138,7 +138,7 @@ class Call:
 
     def backward(self, grad, out, lse, delta, dq, dk, dv, sums) -> list[Launch]:
         """What writes the gradients; where `sums` is given, dQ / scale is added to that instead."""
-        grad = rows_of(grad)
+        grad = with_rows(grad)
         rows = DELTA_BYTES // (self.head["BLOCK_D"] * grad.itemsize)
         make_delta = Launch(
             flash_attention.attention_delta, (triton.cdiv(delta.shape[2], rows) * self.B * self.H,),
@@ -169,11 +169,6 @@ def capability_of(x) -> int:
 
 def strides(x, name):
     return dict(zip((f"{name}_batch", f"{name}_row", f"{name}_head"), x.stride()))
-
-
-def rows_of(x):
-    """x itself where its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def lint_cases():

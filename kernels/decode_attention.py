@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common import Launch, dot, next_power_of_2, round_to
+from kernels.common import Launch, dot, next_power_of_2, round_to, with_rows
 from kernels.pointwise import check_dtypes
 from kernels.reference import check_decode_attention
 
@@ -127,7 +127,7 @@ def launches(q, k, v, lengths, out, window, scale) -> list[Launch]:
 @torch.library.custom_op("minigpt::decode_attention", mutates_args=())
 def op(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, scale: float) -> Tensor:
     out = q.new_empty(q.shape)
-    rows = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+    rows = map(with_rows, (q, k_cache, v_cache))
     with torch.cuda.device_of(q):
         for launch in launches(*rows, lengths.contiguous(), out, window, scale):
             launch.run()

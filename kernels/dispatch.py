@@ -111,12 +111,13 @@ def public(op: str):
 
 
 def _import(op):
+    if _loaded[op]:
+        return
     import torch.compiler.config
 
     if _digest() not in torch.compiler.config.cache_key_tag:
         torch.compiler.config.cache_key_tag += _digest()
-    if not _loaded[op]:
-        _loaded[op].append(getattr(importlib.import_module(f"kernels.{op}"), op))
+    _loaded[op].append(getattr(importlib.import_module(f"kernels.{op}"), op))
 
 
 @functools.cache

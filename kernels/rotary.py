@@ -6,9 +6,11 @@ The kernel is that of `split_heads`. The gradient of a turn is the turn back, so
 import torch
 from torch import Tensor
 
+from kernels.common import with_rows
+from kernels.norm import contiguous
 from kernels.pointwise import check_dtypes
 from kernels.reference import check_rotary
-from kernels.split_heads import packed, rows_of, run_forward
+from kernels.split_heads import run_forward
 
 
 def lint_cases():
@@ -26,7 +28,8 @@ def op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None,
     """New q and k, turned; with `back` the other way."""
     outs = outputs(q, k, cos, sin, positions, back)
     with torch.cuda.device_of(q):
-        run_forward(rows_of(q), rows_of(k), None, None, *map(packed, (cos, sin, positions)), *outs, 0.0, back).run()
+        run_forward(with_rows(q), with_rows(k), None, None, *map(contiguous, (cos, sin, positions)), *outs, 0.0,
+                    back).run()
     return outs
 
 

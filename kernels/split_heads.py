@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common import MOST_REGISTERS, Launch, multiprocessors, next_power_of_2, round_to
-from kernels.norm import add_partials
+from kernels.common import MOST_REGISTERS, Launch, multiprocessors, next_power_of_2, round_to, with_rows
+from kernels.norm import add_partials, contiguous
 from kernels.pointwise import PROGRAMS_PER_SM, check_dtypes
 from kernels.reference import check_split_heads
 
@@ -229,23 +229,14 @@ def run_backward(grad_q, grad_k, grad_v, x, q_weight, k_weight, cos, sin, positi
     return [main] if grad_q_weight is None else [main, add_partials(*sums, grad_q_weight, grad_k_weight)]
 
 
-def packed(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.contiguous()
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("minigpt::split_heads", mutates_args=())
 def forward(x: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None,
             positions: Tensor | None, H: int, H_kv: int, eps: float) -> tuple[Tensor, Tensor]:
     """q and k, normalised and turned."""
     outs = outputs(x, q_weight, k_weight, cos, sin, positions, H, H_kv, eps)
-    q, k, _ = rows_of(x).split((H, H_kv, H_kv), dim=2)
+    q, k, _ = with_rows(x).split((H, H_kv, H_kv), dim=2)
     with torch.cuda.device_of(x):
-        run_forward(q, k, *map(packed, (q_weight, k_weight, cos, sin, positions)), *outs, eps).run()
+        run_forward(q, k, *map(contiguous, (q_weight, k_weight, cos, sin, positions)), *outs, eps).run()
     return outs
 
 
@@ -263,8 +254,8 @@ def backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, x: Tensor, q_weight
     grad_x, *of_both = grads = backward_outputs(grad_q, grad_k, grad_v, x, q_weight, k_weight, cos, sin, positions, eps,
                                                 of_weights)
     with torch.cuda.device_of(x):
-        for launch in run_backward(*map(rows_of, (grad_q, grad_k, grad_v, x)),
-                                   *map(packed, (q_weight, k_weight, cos, sin, positions)), grad_x,
+        for launch in run_backward(*map(with_rows, (grad_q, grad_k, grad_v, x)),
+                                   *map(contiguous, (q_weight, k_weight, cos, sin, positions)), grad_x,
                                    *(of_both if of_weights else (None, None)), eps):
             launch.run()
     return grads

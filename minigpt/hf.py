@@ -278,9 +278,6 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
-    def dtype(self, name: str) -> str:
-        return self._slice(name).get_dtype()
-
     def _slice(self, name):
         try:
             return self._files[name].get_slice(name)
