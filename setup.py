@@ -3,6 +3,7 @@
 from setuptools import setup
 
 EXTRAS = {
+    "hf": ["tokenizers"],
     "serve": ["fastapi", "uvicorn"],
     "track": ["tensorboard", "wandb"],
     "eval": ["sacrebleu", "rouge-score", "lm-eval"],

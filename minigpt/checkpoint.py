@@ -12,9 +12,10 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from minigpt.tokenizer import Tokenizer
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json", "tokenizer/settings.json"}
+REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json"}
 FILE_NAME = re.compile(r"(\w[\w.-]{0,99}/)?\w[\w.-]{0,99}")
 NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
 UNFINISHED = ".unfinished"
@@ -59,7 +60,10 @@ class Checkpoint:
         return read_json(self.path / "state.json")
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | None:
+        """None for a model that was imported without one."""
+        if not (self.path / "tokenizer").exists():
+            return None
         tokenizer = Tokenizer.load(self.path / "tokenizer")
         if tokenizer.vocab_size > self.config.model.vocab_size:
             raise ValueError(f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -170,7 +174,8 @@ def save(checkpoints: Path, step: int, *, model, optimizers, state: dict, config
     try:
         delete(unfinished)
         unfinished.mkdir(parents=True)
-        _write(unfinished, tensors, state, config, tokenizer)
+        write(unfinished, {name: partial(save_file, {key: tensor.contiguous() for key, tensor in group.items()})
+                           for name, group in tensors.items()}, state, config, tokenizer)
         replaced = path.with_name(f"{path.name}.replaced")
         if path.is_dir():                               # only where this step's evaluation came after its checkpoint
             delete(replaced)
@@ -186,18 +191,21 @@ def save(checkpoints: Path, step: int, *, model, optimizers, state: dict, config
     return path
 
 
-def _write(unfinished, tensors, state, config, tokenizer):
+def write(unfinished: Path, writers: dict[str, Callable[[Path], None]], state: dict, config: Config,
+          tokenizer: Tokenizer | None) -> None:
+    """Fill an empty directory with a checkpoint; each of `writers` {name: function of a path} writes a file of tensors.
+    """
     write_durably(unfinished / "state.json", json.dumps(state, indent=1).encode())
-    for name, group in tensors.items():
-        save_file({key: tensor.contiguous() for key, tensor in group.items()}, unfinished / name)
+    for name, write_file in writers.items():
+        write_file(unfinished / name)
         shutil.copymode(unfinished / "state.json", unfinished / name)       # safetensors lets nobody else read
     write_durably(unfinished / "config.json", config.to_json().encode())
-    tokenizer.save(unfinished / "tokenizer")
+    if tokenizer is not None:
+        tokenizer.save(unfinished / "tokenizer")
     files = {}
     for file in sorted(file for file in unfinished.rglob("*") if file.is_file()):
         sync_file(file)
         files[file.relative_to(unfinished).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-    sync_directory(unfinished / "tokenizer")
     write_sealed(unfinished / MANIFEST, {"format": FORMAT, "files": files}, indent=1)
 
 

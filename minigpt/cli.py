@@ -140,7 +140,44 @@ def _verify(arguments):
         sys.exit(1)
 
 
-VERBS = {"train": train, "sample": sample, "verify": verify}
+def import_(argv: list[str] | None = None) -> None:
+    """`minigpt import SOURCE OUT [--tokenizer DIR]`"""
+    parser = Parser(prog="minigpt import", allow_abbrev=False,
+                    description="Make a checkpoint of another's model, to sample from, evaluate or export.")
+    parser.add_argument("source", metavar="SOURCE", help="a directory of Hugging Face's (config.json, safetensors and "
+                        "tokenizer files), or nanoGPT's ckpt.pt")
+    parser.add_argument("out", metavar="OUT", help="the checkpoint directory to write")
+    parser.add_argument("--tokenizer", metavar="DIR", help="where the tokenizer's files are, if not beside the model")
+    arguments = parser.parse_args(argv)
+
+    def command():
+        from minigpt.hf import import_model
+
+        _tell(import_model(Path(arguments.source), Path(arguments.out),
+                           arguments.tokenizer and Path(arguments.tokenizer), _warn), sys.stdout)
+    _run(command, "stopped; nothing was written")
+
+
+def export(argv: list[str] | None = None) -> None:
+    """`minigpt export RUN_OR_CHECKPOINT OUT`"""
+    parser = Parser(prog="minigpt export", allow_abbrev=False,
+                    description="Write a model so that transformers, and what reads its files, loads it.")
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("out", metavar="OUT", help="the directory to write")
+    arguments = parser.parse_args(argv)
+
+    def command():
+        from minigpt.hf import export_model
+
+        _tell(export_model(Path(arguments.path), Path(arguments.out), _warn), sys.stdout)
+    _run(command, "stopped; nothing was written")
+
+
+def _warn(line):
+    _tell(_one_line(line), sys.stderr)
+
+
+VERBS = {"train": train, "sample": sample, "verify": verify, "import": import_, "export": export}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -110,6 +110,12 @@ class ModelConfig(Section):
     """Added to the variance before its root."""
     norm_position: str = setting("pre", choices=("pre", "post"))
     """Norm before each sub-layer (GPT-2, Llama) or after each residual sum (BERT)."""
+    embedding_norm: bool = setting(False)
+    """Norm of the embedded tokens, before the first block (BERT)."""
+    token_types: int = setting(0, low=0, high=1 << 16)
+    """Kinds of segment that tokens are told apart by, each with a learned vector (BERT has 2); 0: none."""
+    head_transform: bool = setting(False)
+    """Before the head a linear layer, GELU and a norm, and a bias behind it (BERT); for a GELU feed-forward."""
     position: str = setting("rotary", choices=("rotary", "learned", "none"))
     """Rotary (arXiv 2104.09864), learned absolute, or no positions."""
     rope_base: float = setting(10000.0, low=1.0)
@@ -148,6 +154,8 @@ class ModelConfig(Section):
         if self.position == "rotary" and self.D % 2:
             size = "head_size" if self.head_size else "width / num_heads"
             raise ValueError(f"{size} = {self.D} is odd; rotary positions turn pairs, so make it even")
+        if self.head_transform and not self.mlp.startswith("gelu"):
+            raise ValueError(f"head_transform takes mlp = gelu or gelu_erf, not {self.mlp}; change one of them")
         if self.rope_low_turns >= self.rope_high_turns:
             raise ValueError(f"rope_low_turns = {self.rope_low_turns} is not below rope_high_turns = "
                              f"{self.rope_high_turns}; change one of them")

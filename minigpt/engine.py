@@ -77,9 +77,9 @@ def _mixed(*numbers):
 
 
 class Run:
-    """A checkpoint, opened: `model`, `tokenizer`, `config`, and text from them."""
+    """A checkpoint, opened: `model`, `tokenizer` (None where it was imported without), `config`, and text from them."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, config: Config, path: Path):
+    def __init__(self, model: GPT, tokenizer: Tokenizer | None, config: Config, path: Path):
         self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
 
     def generate(self, prompts: str | list[str] | None, params: SamplingParams = DEFAULT) -> str | list[str]:
@@ -118,16 +118,19 @@ class Run:
                     rows[row].append(token)
             if all(ended):
                 break
-        return [self.tokenizer.decode(row) for row in rows]
+        return [self.tokenizer.decode_bytes(row).decode("utf-8", errors="replace") for row in rows]
 
     def encode_prompt(self, prompt: str | None) -> list[int]:
-        """<s> and the prompt's ids."""
+        """The ids of a prompt behind what stands before one; of None, what stands before a document."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.path}: has no tokenizer; import it again with --tokenizer DIR")
         if self.config.objective.name != "causal":
             raise ValueError(f"{self.path}: trained with the objective {self.config.objective.name!r}, so it cannot "
                              "continue text; sample from a causal model")
         if prompt == "":
             raise ValueError("the prompt is empty; give some text, or none at all to start a new document")
-        return [self.tokenizer.document_start, *(self.tokenizer.encode(prompt) if prompt is not None else ())]
+        roles = self.tokenizer.roles
+        return [roles.document_start] if prompt is None else [*roles.prompt_start, *self.tokenizer.encode(prompt)]
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> Run:

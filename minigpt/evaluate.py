@@ -30,7 +30,7 @@ def evaluate(model, objective, split: Split, *, context_length: int, batch_size:
     sums, counts, row = {}, {}, 0
     try:
         for rows in in_order(split, context_length, objective.extra, batch_size,
-                             objective.tokenizer.special_tokens["<pad>"]):
+                             objective.tokenizer.roles.padding):
             if should_stop():
                 raise Stopped
             batch = objective.batch(rows, row, training=False)

@@ -1,306 +1,194 @@
-"""Hugging Face's models and ours: one map of settings, names and shapes for each family, read in both directions.
+"""Import of Hugging Face's directories and nanoGPT's ckpt.pt, and export; families.py has the map of names and shapes.
 
-A family's tensors are pairs: one of ours, and those of theirs that lie in it one below the other, each transposed where
-theirs is. Nothing here needs transformers.
+Tensors go from file to file in blocks: neither direction takes the memory of a model. Nothing here needs transformers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import pickle
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
+from minigpt import checkpoint, hf_tokenizer
 from minigpt.checkpoint import model_tensors
-from minigpt.config import ModelConfig
-from minigpt.files import read_json
-from minigpt.model import GPT, MLPS
+from minigpt.config import Config, ModelConfig, ObjectiveConfig
+from minigpt.families import FAMILIES, NANOGPT, Family, Pair, family_for
+from minigpt.files import made_whole, named, read_json, sync_file
+from minigpt.model import GPT
+from minigpt.tokenizer import Tokenizer
 
-INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
-ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}
-"""{theirs: our `mlp`}."""
-
-
-class Unsupported(ValueError):
-    """A model that has no counterpart on the other side."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One of our tensors, and those of theirs that it is made of."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    transposed: bool = False
-    rows: tuple[int, ...] = ()
-    """Of each of several of theirs."""
-
-    def shapes(self, ours: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Of theirs, from that of ours."""
-        if self.rows:
-            return [(rows, *ours[1:]) for rows in self.rows]
-        return [ours[::-1] if self.transposed else ours]
-
-    def joined(self, theirs: list[torch.Tensor]) -> torch.Tensor:
-        """Ours from theirs."""
-        return torch.cat(theirs) if self.rows else theirs[0].T if self.transposed else theirs[0]
-
-    def parted(self, ours: torch.Tensor) -> list[torch.Tensor]:
-        """Theirs from ours."""
-        return list(ours.split(self.rows)) if self.rows else [ours.T if self.transposed else ours]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of model: what its config.json says, and how its tensors are named."""
-
-    architecture: str
-    """Theirs, a class of transformers."""
-    settings: Callable[[dict], dict]
-    """Their config.json to our ModelConfig's settings; Unsupported or KeyError where it cannot be."""
-    config: Callable[[ModelConfig], dict]
-    """The way back."""
-    pairs: Callable[[ModelConfig], Iterator[Pair]]
-    prefix: str
-    """What their names begin with, which files of the bare model leave out."""
-    derived: tuple[str, ...] = ()
-    """Ends of names of tensors that are computed, not learnt; some files hold them."""
-
-
-def _block_norms(i, ours, theirs, biased):
-    for part in ("weight", "bias")[:1 + biased]:
-        yield Pair(f"blocks.{i}.{ours}.{part}", (f"{theirs}.{part}",))
-
-
-def _linear(ours, theirs, biased, transposed=False, rows=()):
-    yield Pair(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), transposed, rows)
-    if biased:
-        yield Pair(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs), rows=rows)
-
-
-def _gpt2_settings(given):
-    for key, wanted in dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-                            add_cross_attention=False).items():
-        if given.get(key, wanted) != wanted:
-            raise Unsupported(f"{key} = {given[key]} is not supported")
-    return dict(
-        vocab_size=given["vocab_size"], context_length=given.get("n_positions", 1024), depth=given["n_layer"],
-        width=given["n_embd"], num_heads=given["n_head"], mlp=_activation(given.get("activation_function", "gelu_new")),
-        mlp_width=given.get("n_inner") or 0, norm="layer_norm", norm_eps=given.get("layer_norm_epsilon", 1e-5),
-        position="learned", qk_norm=False, bias=True, tied_embeddings=given.get("tie_word_embeddings", True))
-
-
-def _gpt2_config(model):
-    return {
-        "vocab_size": model.vocab_size, "n_positions": model.context_length, "n_ctx": model.context_length,
-        "n_layer": model.depth, "n_embd": model.width, "n_head": model.num_heads, "n_inner": model.mlp_width or None,
-        "activation_function": "gelu_new" if model.mlp == "gelu" else "gelu", "layer_norm_epsilon": model.norm_eps,
-        "tie_word_embeddings": model.tied_embeddings,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), model.dropout)}
-
-
-def _gpt2_pairs(model):
-    yield Pair("embedding.weight", ("transformer.wte.weight",))
-    yield Pair("positions.embedding.weight", ("transformer.wpe.weight",))
-    for i in range(model.depth):
-        theirs = f"transformer.h.{i}"
-        yield from _block_norms(i, "attention_norm", f"{theirs}.ln_1", True)
-        yield from _linear(f"blocks.{i}.attention.qkv", [f"{theirs}.attn.c_attn"], True, transposed=True)
-        yield from _linear(f"blocks.{i}.attention.out", [f"{theirs}.attn.c_proj"], True, transposed=True)
-        yield from _block_norms(i, "mlp_norm", f"{theirs}.ln_2", True)
-        yield from _linear(f"blocks.{i}.mlp.up", [f"{theirs}.mlp.c_fc"], True, transposed=True)
-        yield from _linear(f"blocks.{i}.mlp.down", [f"{theirs}.mlp.c_proj"], True, transposed=True)
-    yield from _linear("final_norm", ["transformer.ln_f"], True)
-    if not model.tied_embeddings:
-        yield Pair("head.weight", ("lm_head.weight",))
-
-
-def _llama_settings(given):
-    kind = given["model_type"]
-    if given.get("hidden_act", "silu") != "silu":
-        raise Unsupported(f"hidden_act = {given['hidden_act']!r} is not supported, only 'silu'")
-    attention_bias, mlp_bias = given.get("attention_bias", False), given.get("mlp_bias", False)
-    if attention_bias != mlp_bias:
-        raise Unsupported(f"attention_bias = {attention_bias} with mlp_bias = {mlp_bias} is not supported")
-    heads = given["num_attention_heads"]
-    return dict(
-        vocab_size=given["vocab_size"], context_length=given.get("max_position_embeddings", 2048),
-        depth=given["num_hidden_layers"], width=given["hidden_size"], num_heads=heads,
-        num_kv_heads=given.get("num_key_value_heads", heads) if kind == "llama" else given["num_key_value_heads"],
-        head_size=given.get("head_dim") or (128 if kind == "qwen3" else 0), mlp="swiglu",
-        mlp_width=given["intermediate_size"], norm="rms_norm", norm_eps=given.get("rms_norm_eps", 1e-6),
-        position="rotary", **_rope_settings(given), qk_norm=kind == "qwen3", bias=attention_bias,
-        qkv_bias=kind == "qwen2" or None, tied_embeddings=given.get("tie_word_embeddings", False),
-        window=_window(given))
-
-
-def _window(given):
-    """Of attention in tokens, 0 for none; it must be one for all layers."""
-    window = given.get("sliding_window") or 0
-    if not given.get("use_sliding_window", given["model_type"] == "mistral"):       # Qwen's switch
-        return 0
-    kinds = set(given.get("layer_types") or ["sliding_attention"] * bool(window))
-    if kinds == {"full_attention"}:
-        return 0
-    if len(kinds) > 1 or "layer_types" not in given and given.get("max_window_layers", 0):
-        raise Unsupported("layers with and without a sliding window are not supported")
-    return window
-
-
-def _rope_settings(given):
-    """From `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of those before."""
-    rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta", 10000.0)} | (
-        given.get("rope_scaling") or {})
-    kind, base = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta", 10000.0)
-    if given.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise Unsupported("partial_rotary_factor is not supported")
-    if kind == "default":
-        return dict(rope_base=base)
-    if kind == "linear":
-        return dict(rope_base=base, rope_scale=rope["factor"])
-    if kind == "llama3":
-        return dict(rope_base=base, rope_scale=rope["factor"], rope_low_turns=rope["low_freq_factor"],
-                    rope_high_turns=rope["high_freq_factor"],
-                    rope_original_context=rope["original_max_position_embeddings"])
-    raise Unsupported(f"rope type {kind!r} is not supported, only default, linear and llama3")
-
-
-def _mlp_width(model):
-    return model.mlp_width or MLPS[model.mlp].default_width(model.width)
-
-
-def _rope_config(model):
-    if model.rope_original_context:
-        return {"rope_type": "llama3", "rope_theta": model.rope_base, "factor": model.rope_scale,
-                "low_freq_factor": model.rope_low_turns, "high_freq_factor": model.rope_high_turns,
-                "original_max_position_embeddings": model.rope_original_context}
-    if model.rope_scale != 1.0:
-        return {"rope_type": "linear", "rope_theta": model.rope_base, "factor": model.rope_scale}
-    return {"rope_type": "default", "rope_theta": model.rope_base}
-
-
-def _llama_config(model):
-    rope = _rope_config(model)
-    config = {
-        "vocab_size": model.vocab_size, "max_position_embeddings": model.context_length,
-        "num_hidden_layers": model.depth, "hidden_size": model.width, "intermediate_size": _mlp_width(model),
-        "num_attention_heads": model.num_heads, "num_key_value_heads": model.H_kv, "head_dim": model.D,
-        "hidden_act": "silu", "rms_norm_eps": model.norm_eps, "tie_word_embeddings": model.tied_embeddings,
-        "rope_parameters": rope, "rope_theta": model.rope_base, "attention_dropout": model.dropout,
-        "rope_scaling": None if rope["rope_type"] == "default" else
-        {key: value for key, value in rope.items() if key != "rope_theta"}}
-    if model.window:
-        config["sliding_window"] = model.window
-    elif not model.qk_norm and not model.qkv_bias:
-        config |= {"attention_bias": model.bias, "mlp_bias": model.bias}
-    return config
-
-
-def _llama_pairs(model):
-    yield Pair("embedding.weight", ("model.embed_tokens.weight",))
-    for i in range(model.depth):
-        ours, theirs = f"blocks.{i}", f"model.layers.{i}"
-        yield from _block_norms(i, "attention_norm", f"{theirs}.input_layernorm", False)
-        yield from _linear(f"{ours}.attention.qkv", [f"{theirs}.self_attn.{part}_proj" for part in "qkv"],
-                           model.bias if model.qkv_bias is None else model.qkv_bias,
-                           rows=(model.num_heads * model.D, *[model.H_kv * model.D] * 2))
-        yield from _linear(f"{ours}.attention.out", [f"{theirs}.self_attn.o_proj"], model.bias)
-        if model.qk_norm:
-            for part in "qk":
-                yield Pair(f"{ours}.attention.{part}_norm.weight", (f"{theirs}.self_attn.{part}_norm.weight",))
-        yield from _block_norms(i, "mlp_norm", f"{theirs}.post_attention_layernorm", False)
-        yield from _linear(f"{ours}.mlp.gate_up", [f"{theirs}.mlp.{part}_proj" for part in ("gate", "up")], model.bias,
-                           rows=(_mlp_width(model),) * 2)
-        yield from _linear(f"{ours}.mlp.down", [f"{theirs}.mlp.down_proj"], model.bias)
-    yield Pair("final_norm.weight", ("model.norm.weight",))
-    if not model.tied_embeddings:
-        yield Pair("head.weight", ("lm_head.weight",))
-
-
-def _activation(name):
-    if name not in ACTIVATIONS:
-        raise Unsupported(f"activation {name!r} is not supported, only {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
-def _llama(architecture):
-    return Family(architecture, _llama_settings, _llama_config, _llama_pairs, "model.", (".rotary_emb.inv_freq",))
-
-
-FAMILIES = {
-    "gpt2": Family("GPT2LMHeadModel", _gpt2_settings, _gpt2_config, _gpt2_pairs, "transformer.",
-                   (".attn.bias", ".attn.masked_bias")),
-    "llama": _llama("LlamaForCausalLM"), "mistral": _llama("MistralForCausalLM"), "qwen2": _llama("Qwen2ForCausalLM"),
-    "qwen3": _llama("Qwen3ForCausalLM"),
-}
-"""{their model_type: the family}; SmolLM is a Llama."""
+INDEX, WEIGHTS, PICKLE = "model.safetensors.index.json", "model.safetensors", "ckpt.pt"
+READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCK_BYTES = 1 << 26
+"""Of a tensor that are converted and written at a time."""
 
 
 class Weights:
-    """The tensors of a directory of safetensors files, one or several with an index, read one at a time."""
+    """The tensors of a directory of safetensors files, one or several with an index, read one at a time.
 
-    def __init__(self, directory: Path, files: ExitStack):
+    `shapes` and `dtypes` are those of each tensor by name. A file is open only while a tensor is read from it, since
+    what was read of an open file counts as memory.
+    """
+
+    def __init__(self, directory: Path):
         index, single = directory / INDEX, directory / WEIGHTS
         if index.is_file():
-            content = read_json(index)
-            names = content.get("weight_map") if isinstance(content, dict) else None
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise ValueError(f"{index}: holds no weight_map of file names")
-            outside = sorted(name for name in set(names.values()) if Path(name).name != name or name in (".", ".."))
-            if outside:
-                raise ValueError(f"{index}: {outside[0]!r} lies outside the directory")
-            opened = {name: self._open(directory / name, files) for name in sorted(set(names.values()))}
-            self.path, self._files = index, {tensor: opened[name] for tensor, name in names.items()}
+            self.path, files = index, self._indexed(directory, index)
         elif single.is_file():
-            file = self._open(single, files)
-            self.path, self._files = single, dict.fromkeys(file.keys(), file)
+            self.path, files = single, {single: None}
         else:
             raise FileNotFoundError(f"{directory}: no {WEIGHTS} and no {INDEX}; name a directory that holds one (a "
                                     "pickle is not read: save it as safetensors first)")
+        self.shapes, self.dtypes, self._files = {}, {}, {}
+        for file, names in files.items():
+            with self._open(file) as tensors:
+                for name in tensors.keys() if names is None else names:
+                    try:
+                        entry = tensors.get_slice(name)
+                    except SafetensorError:
+                        raise ValueError(f"{index}: {name} is not in {file.name}, which it names for it") from None
+                    self.shapes[name], self.dtypes[name] = tuple(entry.get_shape()), entry.get_dtype()
+                    self._files[name] = file
 
-    def _open(self, path, files):
+    @staticmethod
+    def _indexed(directory, index):
+        content = read_json(index)
+        files = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{index}: holds no weight_map of file names")
+        outside = sorted(file for file in set(files.values()) if Path(file).name != file or file == "..")
+        if outside:
+            raise ValueError(f"{index}: {outside[0]!r} lies outside the directory")
+        names = {}
+        for name, file in files.items():
+            names.setdefault(directory / file, []).append(name)
+        return names
+
+    @staticmethod
+    def _open(path):
         try:
-            return files.enter_context(safe_open(path, "pt"))
+            return safe_open(path, "pt")
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: missing, and named by {INDEX}") from None
         except SafetensorError as error:
             raise ValueError(f"{path}: not a safetensors file, or cut off ({error})") from None
 
-    def names(self):
-        return self._files.keys()
+    def tensor(self, name: str) -> torch.Tensor:
+        with self._open(self._files[name]) as tensors:
+            return tensors.get_tensor(name)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
 
-    def _slice(self, name):
+class PickledWeights:
+    """The tensors of nanoGPT's ckpt.pt. Its pickle may hold tensors and plain values alone, so that no code is run."""
+
+    def __init__(self, path: Path):
+        self.path = path
         try:
-            return self._files[name].get_slice(name)
-        except SafetensorError:
-            raise ValueError(f"{self.path}: {name} is not in the file that is named for it") from None
+            with named(path), open(path, "rb"):         # errors of the system, as of permissions, are its own
+                pass
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            raise ValueError(f"{path}: refused, a pickle of more than tensors and plain values, which could run code; "
+                             "save it anew with its model and model_args alone") from None
+        except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.filename:
+                raise
+            raise ValueError(f"{path}: not a file of torch.save, or cut off ({str(error).splitlines()[0]})") from None
+        tensors = content.get("model") if isinstance(content, dict) else None
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError(f"{path}: not a checkpoint of nanoGPT; it has no tensors named model")
+        self.arguments = content.get("model_args")
+        self._tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes = {name: checkpoint.DTYPES.get(tensor.dtype) for name, tensor in self._tensors.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        return self._tensors[name]
 
 
-def read_settings(directory: Path) -> tuple[Family, ModelConfig]:
-    """The family and the model that config.json tells of. Raises ValueError naming what is missing or unknown."""
-    path = directory / "config.json"
-    given = read_json(path)
+@dataclass(frozen=True)
+class Found:
+    """A model of others: what it is, and where its tensors lie."""
+
+    family: Family
+    model: ModelConfig
+    weights: Weights | PickledWeights
+    settings: dict
+    """Their config.json."""
+
+    def plan(self) -> tuple[dict[Pair, list[str]], list[str]]:
+        """({pair: the names that its tensors have in the files}, names left out); nothing is read yet.
+
+        Raises ValueError naming a tensor that is missing, has another shape or type, or has no place.
+        """
+        weights, family, model = self.weights, self.family, self.model
+        shapes, found = shapes_of(model), {}
+        bare = "" if any(name.startswith(family.prefix) for name in weights.shapes) else family.prefix
+        for pair in family.pairs(model):
+            found[pair] = [self._name(name.removeprefix(bare)) for name in pair.theirs]
+            for name, shape in zip(found[pair], pair.shapes(shapes[pair.ours]), strict=True):
+                if weights.shapes[name] != shape:
+                    raise ValueError(f"{weights.path}: {name} is {weights.shapes[name]}, by its settings it must be "
+                                     f"{shape}")
+                if weights.dtypes[name] not in READABLE:
+                    raise ValueError(f"{weights.path}: {name} has type {weights.dtypes[name]}, which is not read, only "
+                                     f"{', '.join(READABLE)}; save it as one of these")
+        assert {pair.ours for pair in found} == shapes.keys()
+        known = {name for group in found.values() for name in group}
+        tied = {"lm_head.weight"} if model.tied_embeddings else set()
+        left_out = sorted(name for name in weights.shapes.keys() - known
+                          if name.startswith(tuple(prefix.removeprefix(bare) for prefix in family.left_out)))
+        for name in sorted(weights.shapes.keys() - known - tied - set(left_out)):
+            if not name.endswith(family.derived):
+                raise ValueError(f"{weights.path}: {name} is no part of the model that the settings tell of")
+        return found, left_out
+
+    def _name(self, name):
+        old = {name} | {name.removesuffix(new) + old for new, old in self.family.old_names if name.endswith(new)}
+        for candidate in sorted(old, key=name.__ne__):
+            if candidate in self.weights.shapes:
+                return candidate
+        raise ValueError(f"{self.weights.path}: {name} is missing; the settings tell of a model that has it")
+
+    def tensors(self, planned: dict[Pair, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(our name, rows of our tensor), one tensor of theirs at a time, in their types."""
+        for pair, names in planned.items():
+            for name in names:
+                yield pair.ours, pair.rows_of(self.weights.tensor(name))
+
+
+def open_model(source: Path) -> Found:
+    """The model in a directory of Hugging Face's, in a ckpt.pt of nanoGPT's or in a directory that holds one.
+
+    Raises ValueError or FileNotFoundError naming what is missing, damaged or unknown.
+    """
+    config, is_pickle = source / "config.json", source.is_file()
+    if not source.exists():
+        raise FileNotFoundError(f"no directory or file {source}; name one that holds a model")
+    if is_pickle or (source / PICKLE).is_file() and not config.exists():
+        weights = PickledWeights(source if is_pickle else source / PICKLE)
+        return _found(NANOGPT, weights.path, "model_args", weights.arguments, lambda: weights)
+    given = read_json(config)
     kind = given.get("model_type") if isinstance(given, dict) else None
     if kind not in FAMILIES:
-        raise ValueError(f"{path}: model_type {kind!r} is not one that can be read: {', '.join(FAMILIES)}")
+        raise ValueError(f"{config}: model_type {kind!r} is not one that can be read: {', '.join(FAMILIES)}")
+    return _found(FAMILIES[kind], config, "config.json", given, lambda: Weights(source))
+
+
+def _found(family, path, what, given, weights):
     try:
-        return FAMILIES[kind], ModelConfig(**FAMILIES[kind].settings(given))
+        model = ModelConfig(**family.settings(given))
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]} is missing") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
+    return Found(family, model, weights(), given)
 
 
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -309,92 +197,138 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in model_tensors(GPT(model, initial=False)).items()}
 
 
-def plan(family: Family, model: ModelConfig, weights: Weights) -> dict[Pair, list[str]]:
-    """{pair: the names under which its tensors lie in the files}, their shapes checked; nothing is read yet."""
-    names, shapes, found = set(weights.names()), shapes_of(model), {}
-    bare = "" if any(name.startswith(family.prefix) for name in names) else family.prefix
-    for pair in family.pairs(model):
-        found[pair] = [name.removeprefix(bare) for name in pair.theirs]
-        for name, shape in zip(found[pair], pair.shapes(shapes[pair.ours]), strict=True):
-            if name not in names:
-                raise ValueError(f"{weights.path}: {name} is missing; config.json tells of a model that has it")
-            if weights.shape(name) != shape:
-                raise ValueError(f"{weights.path}: {name} is {weights.shape(name)}, by config.json it must be {shape}")
-    assert {pair.ours for pair in found} == shapes.keys()
-    known = {name for group in found.values() for name in group}
-    tied = {"lm_head.weight"} if model.tied_embeddings else set()
-    for name in sorted(names - known - tied):
-        if not name.endswith(family.derived):
-            raise ValueError(f"{weights.path}: {name} is no part of the model that config.json tells of")
-    return found
+def import_model(source: Path, out: Path, tokenizer: Path | None = None, warn=print) -> str:
+    """Write a model of others as a checkpoint directory `out`, whole or not at all; gives a line that tells of it.
 
-
-def read_tensors(planned: dict[Pair, list[str]], weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-    """(our name, our tensor in float32), one at a time."""
-    for pair, names in planned.items():
-        yield pair.ours, pair.joined([weights.tensor(name) for name in names]).float()
-
-
-def family_for(model: ModelConfig) -> tuple[str, Family]:
-    """(model_type, family) whose config.json can tell of a model, found by writing it and reading it back.
-
-    Raises Unsupported naming a setting that no family has as the model has it.
+    `tokenizer`: the directory of its tokenizer's files, unless they lie beside the model. `warn` is told what is left
+    out.
     """
-    wanted, nearest = _spelled_out(model), None
-    for kind, family in FAMILIES.items():
-        read = _spelled_out(ModelConfig(**family.settings({"model_type": kind} | family.config(model))))
-        differ = [key for key in wanted if wanted[key] != read[key] and key not in _unused(model)]
-        if not differ:
-            return kind, family
-        if nearest is None or len(differ) < len(nearest[1]):
-            nearest = kind, differ
-    kind, differ = nearest
-    raise Unsupported(f"model.{differ[0]} = {wanted[differ[0]]!r} has no counterpart in {kind}, the nearest of the "
-                      f"families that can be written: {', '.join(FAMILIES)}")
+    _check_free(out)
+    found = open_model(source)
+    planned, left_out = found.plan()
+    directory = tokenizer or (source.parent if source.is_file() else source)
+    vocabulary = hf_tokenizer.read(directory, found.settings)
+    if vocabulary is None:
+        if tokenizer:
+            raise FileNotFoundError(f"{tokenizer}: no {' or '.join(hf_tokenizer.FILES)}; name a directory with one")
+    elif vocabulary.vocab_size > found.model.vocab_size:
+        raise ValueError(f"{directory}: the tokenizer has {vocabulary.vocab_size} tokens and the model "
+                         f"{found.model.vocab_size}; they do not belong together")
+    config = Config(model=found.model, objective=ObjectiveConfig(name=found.family.objective))
+    with made_whole(out) as unfinished:
+        shapes = {pair.ours: shapes_of(found.model)[pair.ours] for pair in planned}
+        checkpoint.write(unfinished, {
+            WEIGHTS: lambda path: write_tensors(path, shapes, found.tensors(planned)),
+            "optimizer.safetensors": lambda path: save_file({}, path),
+        }, {"imported": {"architecture": found.family.architecture}}, config, vocabulary)
+    if left_out:
+        warn(f"warning: left out, as they serve another objective: {', '.join(left_out)}")
+    if vocabulary is None:
+        warn(f"warning: {directory} has no {' or '.join(hf_tokenizer.FILES)}; without a tokenizer the model takes "
+             "token ids only; --tokenizer DIR takes one from elsewhere")
+    return f"{out}: {found.family.architecture}, {_size(shapes)}" + (
+        "" if vocabulary is None else f", {vocabulary.vocab_size} tokens")
 
 
-def _spelled_out(model):
-    """Its settings, defaults filled in."""
-    return dataclasses.asdict(model) | dict(
-        num_kv_heads=model.H_kv, head_size=model.D, mlp_width=_mlp_width(model),
-        qkv_bias=model.bias if model.qkv_bias is None else model.qkv_bias)
+def export_model(source: Path, out: Path, warn=print) -> str:
+    """Write a run or checkpoint as a directory `out` that transformers loads, whole or not at all.
 
-
-def _unused(model):
-    """Settings that a forward pass does not depend on."""
-    rope = {"rope_base", "rope_scale"} if model.position != "rotary" else set()
-    turns = {"rope_low_turns", "rope_high_turns"} if not model.rope_original_context else set()
-    return {"dropout", "init_std"} | rope | turns
-
-
-def write(directory: Path, model: ModelConfig, ours: Callable[[str], torch.Tensor]) -> None:
-    """Write config.json and model.safetensors, which transformers loads; `ours` gives a tensor by our name.
-
-    Tensors are asked for one at a time, in float32. Raises Unsupported for a model that no family has.
+    With its tokenizer and a model card. Raises Unsupported for a model that no family has.
     """
-    kind, family = family_for(model)
+    _check_free(out)
+    found = checkpoint.find(source)
+    found.check_depth()
+    with torch.device("meta"):
+        found.check_model(GPT(found.config.model, initial=False))
+    model, tokenizer = found.config.model, found.tokenizer
+
+    def tensor(name):
+        with safe_open(found.path / "model.safetensors", "pt") as file:
+            return file.get_tensor(name)
+
+    with made_whole(out) as unfinished:
+        kind, family = write_model(unfinished, model, found.config.objective.name, tensor, tokenizer)
+        if tokenizer is not None:
+            hf_tokenizer.write(unfinished, tokenizer, model.context_length)
+        (unfinished / "README.md").write_text(model_card(found, family, out.name), "utf-8")
+        for file in unfinished.iterdir():
+            sync_file(file)
+    if tokenizer is None:
+        warn(f"warning: {found.path} has no tokenizer, so none was written")
+    return f"{out}: {family.architecture}, {_size(shapes_of(model))}"
+
+
+def model_card(found: checkpoint.Checkpoint, family: Family, name: str) -> str:
+    """README.md for a directory that `export_model` writes, in Markdown."""
+    model, loop = found.config.model, found.state.get("loop", {})
+    causal = family.objective == "causal"
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {'text-generation' if causal else 'fill-mask'}",
+             "tags: [minigpt]", "---", "", f"# {name}", "",
+             f"{family.architecture} of {_size(shapes_of(model))}, written by minigpt.", "", "| | |", "|---|---|",
+             f"| context | {model.context_length} tokens |", f"| vocabulary | {model.vocab_size} tokens |",
+             f"| layers, width, heads | {model.depth}, {model.width}, {model.num_heads} |",
+             f"| objective | {found.config.objective.name} |"]
+    if loop:
+        train = found.config.train
+        tokens = loop["step"] * train.batch_size * train.accumulation_steps * model.context_length
+        lines += [f"| trained for | {loop['step']} steps, {tokens:,} tokens |"]
+        lines += [f"| {key.replace('_', ' ')} on held-out text | {loop['evaluated'][key]:.4f} |"
+                  for key in ("val_loss", "val_bpb") if key in loop.get("evaluated", {})]
+    kind = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
+    lines += ["", "```python", f"from transformers import {kind}, AutoTokenizer", "",
+              f'model = {kind}.from_pretrained("{name}")']
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] * (found.tokenizer is not None)
+    lines += ["```", "", "Say here what text it was trained on, its licence, and what it is not for.", ""]
+    return "\n".join(lines)
+
+
+def _check_free(out):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already; name another, or remove it")
+
+
+def _size(shapes):
+    return f"{sum(torch.Size(shape).numel() for shape in shapes.values()):,} parameters"
+
+
+def write_model(directory: Path, model: ModelConfig, objective: str, ours, tokenizer: Tokenizer | None = None):
+    """Write config.json, generation_config.json and model.safetensors; `ours` gives a tensor by our name.
+
+    Tensors are asked for one at a time. Raises Unsupported for a model that no family has. Gives (model_type, family).
+    """
+    kind, family = family_for(model, objective)
+    ids = hf_tokenizer.ids_of(tokenizer)
     config = {"architectures": [family.architecture], "model_type": kind, "torch_dtype": "float32",
-              **family.config(model)}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    shapes = shapes_of(model)
-    theirs = {name: shape for pair in family.pairs(model)
-              for name, shape in zip(pair.theirs, pair.shapes(shapes[pair.ours]), strict=True)}
-    write_tensors(directory / WEIGHTS, theirs, (
-        (name, tensor) for pair in family.pairs(model)
-        for name, tensor in zip(pair.theirs, pair.parted(ours(pair.ours)), strict=True)))
+              **family.config(model), **ids}
+    for name, content in (("config.json", config), ("generation_config.json", ids)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    shapes, pairs = shapes_of(model), list(family.pairs(model))
+    theirs = {name: shape for pair in pairs for name, shape in zip(
+        pair.theirs, pair.shapes(shapes[pair.ours]), strict=True)}
+    write_tensors(directory / WEIGHTS, theirs, (part for pair in pairs for part in zip(
+        pair.theirs, pair.parted(ours(pair.ours)), strict=True)))
+    return kind, family
 
 
-def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """A safetensors file of float32 tensors that come one at a time, in the order of `shapes`."""
+def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], parts: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """A safetensors file of float32 tensors in the order of `shapes`; each comes as one or more parts, row after row.
+
+    Raises ValueError naming a tensor with a number that is not finite.
+    """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
+        begin, end = end, end + 4 * torch.Size(shape).numel()
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                     # so that the numbers begin at a multiple of 8
-    with open(path, "wb") as file:
+    with named(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, tensor), wanted in zip(tensors, shapes, strict=True):
-            assert name == wanted and tuple(tensor.shape) == shapes[name] and tensor.dtype == torch.float32
-            file.write(tensor.detach().contiguous().numpy())
+        for name, part in parts:
+            assert header[name]["data_offsets"][0] <= file.tell() - 8 - len(text) < header[name]["data_offsets"][1]
+            rows = max(1, BLOCK_BYTES // (4 * max(1, part[:1].numel())))
+            for block in part.detach().split(rows):
+                block = block.float().contiguous()
+                if not torch.isfinite(block).all():
+                    raise ValueError(f"{name} holds a number that is not finite")
+                file.write(block.numpy())
         assert file.tell() == 8 + len(text) + end

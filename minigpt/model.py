@@ -15,6 +15,9 @@ from torch import nn
 import kernels
 from minigpt.config import ModelConfig
 
+ALIGNMENT = 8
+"""Numbers of 16 bits that tensor cores read at a time."""
+
 
 class Linear(nn.Linear):
     """Made with any numbers; `GPT.draw_weights` or a checkpoint fills it."""
@@ -166,6 +169,39 @@ MLPS = {"gelu": GeluMLP, "gelu_erf": ErfGeluMLP, "swiglu": SwigluMLP, "squared_r
 POSITIONS = {"none": NoPositions, "learned": LearnedPositions, "rotary": RotaryPositions}
 
 
+class HeadTransform(nn.Module):
+    """norm(gelu(dense(x))), which BERT has before the head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = Linear(config.width, config.width, bias=config.bias)
+        self.norm = NORMS[config.norm](config)
+        self.approximate = MLPS[config.mlp].approximate
+
+    def forward(self, x):
+        return self.norm(kernels.gelu(F.linear(x, self.dense.weight), self.dense.bias, self.approximate))
+
+
+class Head(Linear):
+    """Logits of hidden vectors (..., C): (..., V), with BERT's transform and bias where `head_transform` is set."""
+
+    def __init__(self, config):
+        super().__init__(config.width, config.vocab_size, bias=config.head_transform)
+        self.transform = HeadTransform(config) if config.head_transform else nn.Identity()
+
+    def forward(self, x):
+        return super().forward(self.transform(x))
+
+    def loss(self, x, targets, **options):
+        """`kernels.linear_cross_entropy` of the logits and targets (...), with its options."""
+        x, weight = self.transform(x), self.weight
+        if self.bias is not None:                       # one more column of the weight, and a 1 behind each vector;
+            zeros = [0] * (ALIGNMENT - 1)               # with zeros to a width that tensor cores take
+            x = torch.cat((x, x.new_tensor([1, *zeros]).expand(*x.shape[:-1], ALIGNMENT)), dim=-1)
+            weight = torch.cat((weight, F.pad(self.bias[:, None], (0, len(zeros)))), dim=1)
+        return kernels.linear_cross_entropy(x, weight, targets, **options)
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values, from one fused projection."""
 
@@ -237,9 +273,11 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width)
         self.positions = POSITIONS[config.position](config)
+        self.token_types = Embedding(config.token_types, config.width) if config.token_types else None
+        self.embedding_norm = NORMS[config.norm](config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(BLOCKS[config.norm_position](config, layer) for layer in range(config.depth))
         self.final_norm = NORMS[config.norm](config) if config.norm_position == "pre" else NoNorm()
-        self.head = Linear(config.width, config.vocab_size, bias=False)
+        self.head = Head(config)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
         self.dropout = nn.Dropout(config.dropout)
@@ -264,8 +302,8 @@ class GPT(nn.Module):
         """(B, T) tokens to (B, T, C), normalised, ready for the head.
 
         `document_ids` (B, T) hides documents from one another; `positions` (T,) or (B, T) are 0 to T - 1 unless
-        given; with a `cache` (see `engine.KVCache`) the tokens go on where it ends. Raises ValueError for more tokens
-        than the context holds.
+        given; `token_types` (B, T) are 0 unless given, of a model that has any; with a `cache` (see `engine.KVCache`)
+        the tokens go on where it ends. Raises ValueError for more tokens than the context holds.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -273,9 +311,12 @@ class GPT(nn.Module):
             raise ValueError(f"{end} tokens are more than this model's context_length = {self.config.context_length}")
         if positions is None:
             positions = torch.arange(start, end, device=tokens.device)
-        if token_types is not None:
+        x = self.positions.add(self.embedding(tokens), positions)
+        if self.token_types is not None:
+            x = x + (self.token_types.weight[0] if token_types is None else self.token_types(token_types))
+        elif token_types is not None:
             raise ValueError("this model has no token types")
-        x = self.dropout(self.positions.add(self.embedding(tokens), positions))
+        x = self.dropout(self.embedding_norm(x))
         residual = torch.zeros_like(x)
         for block in self.blocks:
             x, residual = block(x, residual, self.positions.tables, positions, causal, document_ids, cache)

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-import kernels
 from minigpt.config import Config
 from minigpt.tokenizer import Tokenizer
 
@@ -57,7 +56,7 @@ class CausalLM:
 
     def _tensors(self, inputs, targets):
         inputs = torch.from_numpy(np.ascontiguousarray(inputs))
-        ids = (inputs == self.tokenizer.document_start).cumsum(1) if self.document_mask else None
+        ids = (inputs == self.tokenizer.roles.document_start).cumsum(1) if self.document_mask else None
         return Batch(inputs, torch.from_numpy(np.ascontiguousarray(targets)), ids)
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -65,8 +64,7 @@ class CausalLM:
 
     def losses(self, model, batch: Batch) -> dict[str, torch.Tensor]:
         hidden = model.hidden(batch.inputs, causal=True, document_ids=batch.document_ids)
-        return {self.part: kernels.linear_cross_entropy(hidden, model.head.weight, batch.targets,
-                                                        ignore_index=IGNORED, reduction="sum")}
+        return {self.part: model.head.loss(hidden, batch.targets, ignore_index=IGNORED, reduction="sum")}
 
 
 class MaskedLM(CausalLM):
@@ -80,6 +78,12 @@ class MaskedLM(CausalLM):
     is_causal = False
     extra = 0
 
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        if tokenizer.roles.mask is None:
+            raise ValueError("objective.name = masked needs a tokenizer with a mask token, and this one has none; "
+                             "take another (tokenizer.path) or train one")
+        super().__init__(config, tokenizer)
+
     def batch(self, rows, first, training=True):
         inputs, targets = rows.copy(), np.full_like(rows, IGNORED)
         text = ~self.tokenizer.is_special
@@ -91,10 +95,10 @@ class MaskedLM(CausalLM):
             other = text_ids[random.integers(len(text_ids), size=len(row))]
             targets[number, chosen] = row[chosen]
             masked, replaced = chosen & (fate < 0.8), chosen & (fate >= 0.8) & (fate < 0.9)
-            inputs[number, masked] = self.tokenizer.special_tokens["<mask>"]
+            inputs[number, masked] = self.tokenizer.roles.mask
             inputs[number, replaced] = other[replaced]
         made = self._tensors(inputs, targets)
-        padding = made.inputs == self.tokenizer.special_tokens["<pad>"]
+        padding = made.inputs == self.tokenizer.roles.padding
         if not padding.any():
             return made
         ids = torch.zeros_like(made.inputs) if made.document_ids is None else made.document_ids
@@ -103,8 +107,7 @@ class MaskedLM(CausalLM):
     def losses(self, model, batch):
         hidden = model.hidden(batch.inputs, causal=False, document_ids=batch.document_ids)
         chosen = batch.targets != IGNORED               # the head reads these positions only
-        return {self.part: kernels.linear_cross_entropy(hidden[chosen], model.head.weight, batch.targets[chosen],
-                                                        reduction="sum")}
+        return {self.part: model.head.loss(hidden[chosen], batch.targets[chosen], reduction="sum")}
 
 
 class CompiledHidden:

@@ -102,7 +102,7 @@ def _write_split(documents, tokenizer, dtype, directory, split):
     shards, starts, total = [], [], 0
     file = None
     for starts_document, ids in _encoded(documents, tokenizer):
-        tokens = np.array([tokenizer.document_start] * starts_document + ids, dtype)
+        tokens = np.array([tokenizer.roles.document_start] * starts_document + ids, dtype)
         if starts_document:
             starts.append(total)
         total += len(tokens)

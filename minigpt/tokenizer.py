@@ -1,7 +1,7 @@
-"""Text to token ids and back, without loss: SentencePiece BPE with byte fallback, and plain bytes.
+"""Text to token ids and back: SentencePiece BPE with byte fallback and plain bytes, both lossless, and others' kinds.
 
-Ids 0 to 4 are the special tokens, ids 5 to 260 the 256 bytes; a BPE vocabulary goes on with characters and merges.
-Special tokens never come out of plain text. `decode` joins the bytes that every id stands for.
+Of our own kinds ids 0 to 4 are the special tokens, ids 5 to 260 the 256 bytes; a BPE vocabulary goes on with characters
+and merges. Special tokens never come out of plain text. `decode` joins the bytes that every id stands for.
 """
 
 from __future__ import annotations
@@ -13,58 +13,68 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from itertools import pairwise
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from minigpt.encoders import ENCODERS, FIRST_BYTE, SPECIAL_TOKENS
 from minigpt.files import write_durably
 
-SPECIAL_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<mask>": 4}
-"""<s> starts a document and so also ends the one before it; </s> ends a segment; <unk> is never produced."""
-END_TOKENS = (SPECIAL_TOKENS["<s>"], SPECIAL_TOKENS["</s>"])
-FIRST_BYTE = len(SPECIAL_TOKENS)
 MIN_VOCAB_SIZE = FIRST_BYTE + 256 + 1
-SPACE = "\u2581"
-"""SentencePiece writes a space as this character, so the character itself is encoded as its three bytes."""
-SPACE_BYTES = [FIRST_BYTE + byte for byte in SPACE.encode()]
 RESERVED = "\0\t\u2581\u2585"
 """SentencePiece's trainer drops or splits texts with these; it is given the text between them."""
-MAX_ENCODE_CHARS = 1 << 20
-"""Longer texts are encoded in pieces of this many characters, cut after a newline where one is near."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the special tokens are for, by id."""
+
+    document_start: int = SPECIAL_TOKENS["<s>"]
+    """Stands before each document of a training text."""
+    end_tokens: tuple[int, ...] = (SPECIAL_TOKENS["<s>"], SPECIAL_TOKENS["</s>"])
+    """Each of these, sampled, ends a text."""
+    padding: int = SPECIAL_TOKENS["<pad>"]
+    """Fills rows that a text does not fill."""
+    mask: int | None = SPECIAL_TOKENS["<mask>"]
+    """Stands for a hidden token, where there is one."""
+    prompt_start: tuple[int, ...] = (SPECIAL_TOKENS["<s>"],)
+    """Stand before a prompt."""
 
 
 class Tokenizer:
     """A trained tokenizer: make one with `Tokenizer.train` or `Tokenizer.load`.
 
-    Attributes: `kind` ("bpe" or "bytes"), `vocab_size`, `special_tokens` {name: id}, `fingerprint` (SHA-256 in
-    hexadecimal of what decides every encoding), `token_bytes` (for each id the bytes it stands for, empty for
-    special tokens), `is_special` (vocab_size,) bool, `end_tokens`, each of which, sampled, ends a text.
+    Attributes: `kind` ("bpe" or "bytes"; of others "sentencepiece" or "tokenizers"), `vocab_size`, `special_tokens`
+    {name: id}, `fingerprint` (SHA-256 in hexadecimal of what decides every encoding), `token_bytes` (for each id the
+    bytes it stands for, empty for special tokens), `is_special` (vocab_size,) bool, `roles` of special tokens,
+    `puts_space` (whether encoding puts a space in front of a text), and `theirs`, what others say of a tokenizer of
+    theirs and minigpt only keeps.
     """
 
-    def __init__(self, kind: str, model: bytes = b""):
-        if kind not in ("bpe", "bytes"):
-            raise ValueError(f"tokenizer kind {kind!r} is none of: bpe, bytes")
-        self.kind = kind
-        self.special_tokens = dict(SPECIAL_TOKENS)
-        self.document_start = SPECIAL_TOKENS["<s>"]
-        self._model = model
-        self.fingerprint = hashlib.sha256(kind.encode() + b"\0" + model).hexdigest()
-        single_bytes = [bytes([value]) for value in range(256)]
-        self.token_bytes = [b""] * FIRST_BYTE + single_bytes
-        if kind == "bpe":
-            self._processor = _processor(model)
-            pieces = map(self._processor.id_to_piece, range(len(self.token_bytes), self._processor.get_piece_size()))
-            self.token_bytes += [piece.replace(SPACE, " ").encode() for piece in pieces]
+    def __init__(self, kind: str, model: bytes = b"", roles: Roles = Roles(), theirs: dict | None = None):
+        if kind not in ENCODERS:
+            raise ValueError(f"tokenizer kind {kind!r} is none of: {', '.join(ENCODERS)}")
+        self.kind, self.model, self.roles, self.theirs = kind, model, roles, theirs or {}
+        self.encoder = ENCODERS[kind](model)
+        self.token_bytes, self.special_tokens = self.encoder.token_bytes, self.encoder.special_tokens
         self.vocab_size = len(self.token_bytes)
-        self.is_special = np.arange(self.vocab_size) < FIRST_BYTE
-        self.end_tokens = END_TOKENS
+        named = {roles.document_start, *roles.end_tokens, roles.padding, *roles.prompt_start, roles.mask} - {None}
+        if not self.vocab_size or not 0 <= min(named) <= max(named) < self.vocab_size:
+            raise ValueError(f"special tokens have the ids {sorted(named)}, and the tokenizer {self.vocab_size} tokens")
+        self.is_special = np.zeros(self.vocab_size, bool)
+        self.is_special[[*self.special_tokens.values(), *self.encoder.unused, *named]] = True
+        content = kind.encode() + b"\0" + model
+        if roles != Roles():
+            content += json.dumps(asdict(roles)).encode()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.puts_space = self.decode_bytes(self.encode("a")).startswith(b" ")
 
     @property
     def never_sampled(self) -> np.ndarray:
         """(vocab_size,) bool: special tokens that do not end a text."""
         never = self.is_special.copy()
-        never[list(self.end_tokens)] = False
+        never[list(self.roles.end_tokens)] = False
         return never
 
     @classmethod
@@ -104,38 +114,21 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; `decode` gives the very same text back. A lone surrogate raises ValueError."""
-        if self.kind == "bpe" and len(_valid(text)) <= MAX_ENCODE_CHARS and SPACE not in text:
-            return self._processor.encode(text)         # without the thread that a batch is handed to
+        """The ids of a text. A lone surrogate raises ValueError. `decode` gives the very same text back, of our kinds.
+        """
         return self.encode_batch([text], num_threads=1)[0]
 
     def encode_batch(self, texts: list[str], num_threads: int = 0) -> list[list[int]]:
         """The ids of each text, on `num_threads` threads (0: every core)."""
-        texts = [_valid(text) for text in texts]
-        if self.kind == "bytes":
-            return [[byte + FIRST_BYTE for byte in text.encode()] for text in texts]
-        if any(len(text) > MAX_ENCODE_CHARS or SPACE in text for text in texts):
-            return self._encode_in_parts(texts, num_threads or os.cpu_count())
-        return self._processor.encode(texts, num_threads=num_threads or os.cpu_count())
-
-    def _encode_in_parts(self, texts, num_threads):
-        parts = [[_cut(stretch) for stretch in text.split(SPACE)] for text in texts]
-        flat = [part for stretches in parts for stretch in stretches for part in stretch]
-        encoded = iter(self._processor.encode(flat, num_threads=num_threads))
-        batch = []
-        for stretches in parts:
-            ids = []
-            for index, stretch in enumerate(stretches):
-                if index:
-                    ids += SPACE_BYTES
-                for _ in stretch:
-                    ids += next(encoded)
-            batch.append(ids)
-        return batch
+        return self.encoder.encode_batch([_valid(text) for text in texts], num_threads or os.cpu_count())
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        """The text of a whole text's ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD.
+
+        Where the tokenizer puts a space in front of a text, one is taken away.
+        """
+        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.puts_space else text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for; unlike text they may end within a character."""
@@ -145,16 +138,19 @@ class Tokenizer:
         return b"".join(map(self.token_bytes.__getitem__, ids))
 
     def save(self, directory: str | Path) -> None:
-        """Write `settings.json` and, for BPE, SentencePiece's own `tokenizer.model`, each whole or not at all."""
+        """Write `settings.json` and the encoder's own file, for BPE `tokenizer.model`, each whole or not at all."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if self.kind == "bpe":
-            write_durably(directory / "tokenizer.model", self._model)
+        if self.encoder.file:
+            write_durably(directory / self.encoder.file, self.model)
         write_durably(directory / "settings.json", (json.dumps(self._settings(), indent=2) + "\n").encode())
 
     def _settings(self):
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "special_tokens": self.special_tokens,
-                "fingerprint": self.fingerprint}
+        settings = {"kind": self.kind, "vocab_size": self.vocab_size, "special_tokens": self.special_tokens,
+                    "fingerprint": self.fingerprint}
+        if self.roles != Roles():
+            settings |= {"roles": asdict(self.roles), "theirs": self.theirs}
+        return json.loads(json.dumps(settings))
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -162,11 +158,13 @@ class Tokenizer:
         directory = Path(directory)
         try:
             settings = json.loads(_file(directory / "settings.json").read_text("utf-8"))
-            kind = settings["kind"]
-            model = _file(directory / "tokenizer.model").read_bytes() if kind == "bpe" else b""
-            tokenizer = cls(kind, model)
+            file = ENCODERS[settings["kind"]].file
+            model = _file(directory / file).read_bytes() if file else b""
+            roles = {key: tuple(value) if isinstance(value, list) else value
+                     for key, value in settings.get("roles", {}).items()}
+            tokenizer = cls(settings["kind"], model, Roles(**roles), settings.get("theirs"))
             intact = settings == tokenizer._settings()
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{directory}: the tokenizer is damaged ({error}); restore the directory") from None
         if not intact:
             raise ValueError(f"{directory}: the tokenizer is not the one that settings.json names; restore both files")
@@ -176,16 +174,8 @@ class Tokenizer:
 def _file(path):
     if not path.is_file():                              # reading a pipe would wait for ever
         raise FileNotFoundError(f"no tokenizer in {path.parent}: {path.name} is missing; name a directory that holds "
-                                "settings.json and, for BPE, tokenizer.model")
+                                "settings.json and what it names")
     return path
-
-
-def _processor(model):
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor()
-    processor.load_from_serialized_proto(model)         # the constructor takes an empty model for none
-    return processor
 
 
 def _train_sentencepiece(texts, vocab_size):
@@ -215,16 +205,6 @@ def _kept(characters, vocab_size):
         common -= 1
         uncovered -= characters[ranked[common]]
     return set(ranked[:min(common, max(1, room // 2))]), set(ranked[:room])
-
-
-def _cut(text):
-    """Pieces of 1 to MAX_ENCODE_CHARS characters, cut after a newline where the second half has one."""
-    ends = [0]
-    while len(text) - ends[-1] > MAX_ENCODE_CHARS:
-        end = ends[-1] + MAX_ENCODE_CHARS
-        newline = text.rfind("\n", end - MAX_ENCODE_CHARS // 2, end)
-        ends.append(newline + 1 or end)
-    return [text[start:end] for start, end in pairwise([*ends, len(text)]) if start < end]
 
 
 def _valid(text):

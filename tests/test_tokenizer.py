@@ -12,7 +12,8 @@ from marks import slow
 from tiny import make_text
 
 from minigpt.corpus import list_documents
-from minigpt.tokenizer import FIRST_BYTE, MAX_ENCODE_CHARS, MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer
+from minigpt.encoders import FIRST_BYTE, MAX_ENCODE_CHARS, SPECIAL_TOKENS
+from minigpt.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 
 CHINESE = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜金生丽水玉"
 NAMES = [*SPECIAL_TOKENS, "<0x41>", "<0x0A>", "<0xE2>"]
@@ -138,8 +139,8 @@ def test_ids_stand_for_bytes(tokenizer):
     assert len(tokenizer.token_bytes) == tokenizer.vocab_size
     assert tokenizer.is_special.tolist() == [id < FIRST_BYTE for id in range(tokenizer.vocab_size)]
     never = [SPECIAL_TOKENS[name] for name in ("<unk>", "<pad>", "<mask>")]
-    assert tokenizer.never_sampled.nonzero()[0].tolist() == never and tokenizer.end_tokens == (1, 2)
-    assert tokenizer.special_tokens == SPECIAL_TOKENS and tokenizer.document_start == SPECIAL_TOKENS["<s>"]
+    assert tokenizer.never_sampled.nonzero()[0].tolist() == never and tokenizer.roles.end_tokens == (1, 2)
+    assert tokenizer.special_tokens == SPECIAL_TOKENS and tokenizer.roles.document_start == SPECIAL_TOKENS["<s>"]
     assert tokenizer.decode([*SPECIAL_TOKENS.values()]) == ""
     assert tokenizer.decode(iter([FIRST_BYTE + 72, 1, FIRST_BYTE + 105])) == "Hi"
 

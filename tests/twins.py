@@ -2,8 +2,8 @@
 
 import torch
 
-from minigpt import hf
 from minigpt.config import ModelConfig
+from minigpt.families import FAMILIES
 from minigpt.model import GPT
 
 
@@ -23,15 +23,16 @@ def random_model(seed: int = 0, **settings) -> GPT:
     return randomise(GPT(ModelConfig(**defaults | settings)), seed)
 
 
-def gpt2_twins(vocab_size: int = 53, context_length: int = 16, seed: int = 0):
+def gpt2_twins(vocab_size: int = 53, context_length: int = 16, seed: int = 0, activation_function="gelu_new"):
     """(transformers' GPT-2, ours)"""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     theirs = randomise(GPT2LMHeadModel(GPT2Config(
         vocab_size=vocab_size, n_positions=context_length, n_embd=24, n_layer=2, n_head=4, bos_token_id=1,
-        eos_token_id=2)), seed)
+        eos_token_id=2, activation_function=activation_function)), seed)
     return theirs, twin_of(theirs, ModelConfig(
-        vocab_size=vocab_size, context_length=context_length, depth=2, width=24, num_heads=4, mlp="gelu",
+        vocab_size=vocab_size, context_length=context_length, depth=2, width=24, num_heads=4,
+        mlp="gelu" if activation_function == "gelu_new" else "gelu_erf",
         norm="layer_norm", position="learned", qk_norm=False, bias=True))
 
 
@@ -59,11 +60,24 @@ def llama_twins(kind: str, seed: int = 0, rope=LINEAR, **theirs_only):
         window=theirs_only.get("sliding_window") or 0))
 
 
+def bert_twins(seed: int = 0):
+    """(transformers' BertForMaskedLM, ours); its padding token, which gets no gradient, is left out."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    theirs = randomise(BertForMaskedLM(BertConfig(
+        vocab_size=53, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        max_position_embeddings=16, layer_norm_eps=1e-3, pad_token_id=None)), seed)
+    return theirs, twin_of(theirs, ModelConfig(
+        vocab_size=53, context_length=16, depth=2, width=24, num_heads=4, mlp="gelu_erf", mlp_width=40,
+        norm="layer_norm", norm_eps=1e-3, norm_position="post", embedding_norm=True, token_types=2,
+        head_transform=True, position="learned", qk_norm=False, bias=True))
+
+
 def twin_of(theirs, config: ModelConfig) -> GPT:
     """Our model of that config, with the weights of one of transformers'."""
     tensors, ours = theirs.state_dict(), GPT(config, initial=False).eval()
-    for pair in hf.FAMILIES[theirs.config.model_type].pairs(config):
-        ours.get_parameter(pair.ours).data.copy_(pair.joined([tensors[name] for name in pair.theirs]))
+    for pair in FAMILIES[theirs.config.model_type].pairs(config):
+        ours.get_parameter(pair.ours).data.copy_(torch.cat([pair.rows_of(tensors[name]) for name in pair.theirs]))
     return ours
 
 

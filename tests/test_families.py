@@ -1,0 +1,160 @@
+"""Hugging Face's models as transformers saves them become ours and back: same logits, same gradients, same bytes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_close, rms
+from safetensors.torch import load_file
+from twins import LLAMA3, bert_twins, gpt2_twins, llama_twins, random_model
+
+import minigpt
+from minigpt import hf
+from minigpt.config import ModelConfig, SamplingParams
+from minigpt.engine import decode
+from minigpt.families import FAMILIES, Unsupported, family_for
+from minigpt.model import GPT
+
+DEFAULT_ROPE = ({"rope_type": "default", "rope_theta": 500.0}, dict(rope_base=500.0))
+TWINS = {
+    "gpt2": gpt2_twins,
+    "gpt2, wide": lambda: gpt2_twins(context_length=20, seed=3),
+    "llama": lambda: llama_twins("Llama"),
+    "llama, llama3 rope": lambda: llama_twins("Llama", rope=LLAMA3),
+    "llama, plain rope": lambda: llama_twins("Llama", rope=DEFAULT_ROPE),
+    "mistral": lambda: llama_twins("Mistral", sliding_window=5),
+    "mistral, no window": lambda: llama_twins("Mistral", sliding_window=None),
+    "qwen2": lambda: llama_twins("Qwen2"),
+    "qwen3": lambda: llama_twins("Qwen3"),
+    "bert": bert_twins,
+}
+every_twin = pytest.mark.parametrize("name", TWINS)
+CLASSES = {"bert": "AutoModelForMaskedLM"}
+"""Of transformers, for what is no AutoModelForCausalLM."""
+TOKENS = torch.randint(0, 53, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+def read(directory: Path) -> GPT:
+    """The model of the checkpoint that `minigpt import` makes of a directory."""
+    out = directory.with_name(f"{directory.name}.imported")
+    if not out.exists():
+        hf.import_model(directory, out, warn=lambda line: None)
+    return minigpt.load(out, "cpu").model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """save(name, **options): the folder of a model of TWINS, as transformers saves it, and the model."""
+    def save(name="llama", **options):
+        theirs, _ = TWINS[name]()
+        theirs.save_pretrained(tmp_path / "theirs", **options)
+        return tmp_path / "theirs", theirs
+    return save
+
+
+@every_twin
+def test_logits_loss_and_gradients_are_those_of_transformers(name, saved):
+    folder, theirs = saved(name)
+    ours = read(folder)
+    expected, actual = theirs(TOKENS).logits, ours(TOKENS, causal=name not in CLASSES)
+    assert rms(expected) > 0.5
+    assert_close(actual, expected, 1e-5)
+    causal = name not in CLASSES
+    targets = TOKENS[:, 1:] if causal else TOKENS.roll(3, 1)[:, 1:]
+    ours_loss = ours.head.loss(ours.hidden(TOKENS, causal=causal)[:, :-1], targets, reduction="mean")
+    losses = [ours_loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), targets.flatten())]
+    assert_close(*(loss.detach() for loss in losses), 1e-5)
+    for loss in losses:
+        loss.backward()
+    grads = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    for pair in FAMILIES[theirs.config.model_type].pairs(ours.config):
+        expected = torch.cat([pair.rows_of(grads.pop(key)) for key in pair.theirs])
+        assert_close(ours.get_parameter(pair.ours).grad, expected, 2e-4, pair.ours)
+    assert not grads, "a weight of theirs has no counterpart"
+
+
+@every_twin
+def test_what_is_exported_transformers_loads_and_importing_it_again_changes_no_bit(name, saved, tmp_path):
+    import transformers
+
+    folder, theirs = saved(name)
+    first, written = read(folder), tmp_path / "written"
+    hf.export_model(tmp_path / "theirs.imported", written, warn=lambda line: None)
+    kind = getattr(transformers, CLASSES.get(name, "AutoModelForCausalLM"))
+    back = kind.from_pretrained(written, attn_implementation=theirs.config._attn_implementation).eval()
+    assert type(back) is type(theirs) or name == "mistral, no window"      # which is a Llama
+    with torch.no_grad():
+        assert torch.equal(back(TOKENS).logits, theirs(TOKENS).logits)
+    original, copy = (load_file(path / hf.WEIGHTS) for path in (folder, written))
+    assert original.keys() == copy.keys() and all(torch.equal(original[key], copy[key]) for key in copy)
+    assert read(written).config == first.config
+    weights = [tmp_path / f"{path}.imported" / "model.safetensors" for path in ("theirs", "written")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_greedy_text_is_that_of_transformers(saved):
+    folder, theirs = saved("qwen3")
+    prompt = TOKENS[0, :4]
+    expected = theirs.generate(prompt[None], max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    drawn = decode(read(folder), prompt.tolist(), SamplingParams(max_new_tokens=10, temperature=0.0),
+                   never=np.zeros(53, bool))
+    assert [int(token) for token in drawn] == expected[0, 4:].tolist()
+
+
+def test_token_types_are_those_of_transformers(saved):
+    folder, theirs = saved("bert")
+    types = torch.randint(0, 2, TOKENS.shape, generator=torch.Generator().manual_seed(2))
+    expected = theirs(TOKENS, token_type_ids=types).logits
+    ours = read(folder)
+    assert_close(ours(TOKENS, causal=False, token_types=types), expected, 1e-5)
+    assert not torch.allclose(ours(TOKENS, causal=False), expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("compiled", ["", "_orig_mod."])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt(bias, compiled, tmp_path):
+    """Its model is GPT-2 with GELU by erf, products the other way round, and biases that can be missing."""
+    theirs, _ = gpt2_twins(activation_function="gelu")
+    if not bias:
+        for key, tensor in theirs.named_parameters():
+            if key.endswith("bias"):
+                tensor.data.zero_()
+    tensors = {key: tensor.T.contiguous() if ".c_" in key and tensor.dim() == 2 else tensor
+               for key, tensor in theirs.state_dict().items() if bias or not key.endswith("bias")}
+    torch.save({"model": {compiled + key: tensor for key, tensor in tensors.items()}, "iter_num": 7,
+                "best_val_loss": torch.tensor(2.5), "config": {"dataset": "x"}, "optimizer": {"state": {}},
+                "model_args": dict(n_layer=2, n_head=4, n_embd=24, block_size=16, bias=bias, vocab_size=53,
+                                   dropout=0.1)}, tmp_path / "ckpt.pt")
+    hf.import_model(tmp_path, tmp_path / "out", warn=lambda line: None)
+    ours = minigpt.load(tmp_path / "out").model
+    assert_close(ours(TOKENS), theirs(TOKENS).logits.detach(), 1e-5)
+    assert any(name.endswith("bias") for name, _ in ours.named_parameters()) == bias
+
+
+@pytest.mark.parametrize("settings, named", [
+    (dict(mlp="squared_relu", qk_norm=False), "model.mlp = 'squared_relu' has no counterpart in llama"),
+    (dict(norm_position="post", norm="layer_norm", mlp="gelu", position="learned", qk_norm=False, bias=True),
+     "model.norm_position = 'post' has no counterpart in gpt2"),
+    (dict(mlp="swiglu", qkv_bias=True), "has no counterpart in qwen"),
+    (dict(mlp="swiglu", position="none"), "model.position = 'none' has no counterpart in qwen3"),
+])
+def test_models_that_no_family_has(settings, named):
+    with pytest.raises(Unsupported, match=named):
+        family_for(ModelConfig(vocab_size=10, width=24, num_heads=2, **settings), "causal")
+
+
+def test_a_family_is_trained_for_one_objective():
+    with pytest.raises(Unsupported, match="objective.name = 'masked' has no counterpart in qwen3"):
+        family_for(ModelConfig(vocab_size=10, mlp="swiglu"), "masked")
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("gpt2", dict(norm="layer_norm", mlp="gelu", position="learned", qk_norm=False, bias=True)),
+    ("gpt2", dict(norm="layer_norm", mlp="gelu_erf", position="learned", qk_norm=False, bias=True, mlp_width=30)),
+    ("llama", dict(mlp="swiglu", qk_norm=False)), ("llama", dict(mlp="swiglu", qk_norm=False, bias=True)),
+    ("mistral", dict(mlp="swiglu", qk_norm=False, window=7)),
+    ("qwen2", dict(mlp="swiglu", qk_norm=False, qkv_bias=True)), ("qwen3", dict(mlp="swiglu"))])
+def test_the_family_of_a_model_of_ours(kind, settings):
+    assert family_for(random_model(**settings).config, "causal")[0] == kind
