@@ -19,6 +19,7 @@ setup(
     version="0.1.0",
     description="A GPT from scratch in PyTorch with its own Triton kernels: train, sample, measure.",
     packages=["minigpt", "kernels"],
+    package_data={"minigpt": ["tokenizer_texts.toml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11,<2.15",

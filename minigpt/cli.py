@@ -173,11 +173,119 @@ def export(argv: list[str] | None = None) -> None:
     _run(command, "stopped; nothing was written")
 
 
+def evaluate(argv: list[str] | None = None) -> None:
+    """`minigpt eval RUN_OR_CHECKPOINT [--text PATH ...] [--choices FILE] [--generation FILE] [--tasks NAME ...]`"""
+    parser = Parser(prog="minigpt eval", allow_abbrev=False,
+                    description="Measure a causal model; every interval is of 95 % confidence.")
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--text", nargs="+", default=[], metavar="PATH",
+                        help="files or folders of UTF-8 text: bits per byte and perplexity of each file and of all")
+    parser.add_argument("--stride", type=int, default=0, metavar="N",
+                        help="tokens between two windows of a text, each scored once (default: half the context)")
+    parser.add_argument("--choices", metavar="FILE",
+                        help="multiple choice; a JSON object a line: prompt, choices, answer (from 0)")
+    parser.add_argument("--generation", metavar="FILE",
+                        help="BLEU, chrF and ROUGE of greedy text; a JSON object a line: prompt, references")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N",
+                        help="longest text for --generation (default 128)")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of lm-evaluation-harness")
+    parser.add_argument("--include-path", metavar="DIR", help="folder with tasks of your own for --tasks")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of --tasks")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each of --tasks")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows at a time (default 8)")
+    parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    arguments = parser.parse_args(argv)
+    _run(lambda: _evaluate(arguments), "stopped")
+
+
+def _evaluate(arguments):
+    if not (arguments.text or arguments.choices or arguments.generation or arguments.tasks):
+        raise ValueError("nothing to measure; give --text, --choices, --generation or --tasks")
+    for flag, value, least in (("--batch-size", arguments.batch_size, 1), ("--stride", arguments.stride, 0),
+                               ("--limit", arguments.limit, 1), ("--num-fewshot", arguments.num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} {value} is too small; the least is {least}")
+    SamplingParams(max_new_tokens=arguments.max_new_tokens)     # which refuses what is no length
+    from minigpt import scores
+    from minigpt.engine import load
+
+    choices = arguments.choices and scores.read_items(arguments.choices, scores.CHOICES)
+    generation = arguments.generation and scores.read_items(arguments.generation, scores.GENERATION)
+    run, found = load(arguments.path, arguments.device), {"run": arguments.path}
+    if arguments.text:
+        found["texts"] = scores.score_texts(run, arguments.text, stride=arguments.stride,
+                                            batch_size=arguments.batch_size)
+    if choices:
+        found["choices"] = scores.score_choices(run, choices, batch_size=arguments.batch_size)
+    if generation:
+        found["generation"] = scores.score_generation(run, generation, arguments.max_new_tokens)
+    if arguments.tasks:
+        from minigpt.harness import run_tasks
+
+        found["tasks"] = run_tasks(run, arguments.tasks, include_path=arguments.include_path, limit=arguments.limit,
+                                   num_fewshot=arguments.num_fewshot, batch_size=arguments.batch_size)
+    if arguments.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    rows = [{"task": task, "metric": name, "value": value} for task, metrics in found.get("tasks", {}).items()
+            for name, value in metrics.items() if isinstance(value, float)]
+    for part in (found.get("texts"), [found.get("choices")], [found.get("generation")], rows):
+        if part and part[0]:
+            _table(part)
+
+
+def _table(rows):
+    """Print rows of the same keys; an interval stands beside its value, a signature nowhere."""
+    names = [name for name in rows[0] if not name.endswith(("_interval", "_signature"))]
+    lines = [[name.replace("_", " ") for name in names], *([_cell(row, name) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+
+
+def _cell(row, name):
+    value, interval = row[name], row.get(f"{name}_interval")
+    if isinstance(value, str):
+        return _one_line(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+
+
+def tokenizer_report(argv: list[str] | None = None) -> None:
+    """`minigpt tokenizer-report PATH [--text PATH ...]`"""
+    parser = Parser(prog="minigpt tokenizer-report", allow_abbrev=False,
+                    description="How well a tokenizer compresses texts of many kinds, and whether they come back.")
+    parser.add_argument("path", metavar="PATH", help="a run, a checkpoint, a directory of a tokenizer (ours or "
+                        "Hugging Face's)")
+    parser.add_argument("--text", nargs="+", default=[], metavar="PATH",
+                        help="files or folders of UTF-8 text of your own, besides the samples")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    arguments = parser.parse_args(argv)
+    _run(lambda: _tokenizer_report(arguments), "stopped")
+
+
+def _tokenizer_report(arguments):
+    from minigpt.tokenizer_report import find_tokenizer, report
+
+    found = report(find_tokenizer(Path(arguments.path)), arguments.text)
+    if arguments.json:
+        print(json.dumps({"path": arguments.path, **found}, ensure_ascii=False))
+        return
+    print(f"{found['kind']}, {found['vocab_size']} tokens")
+    _table([row | {"comes_back": "yes" if row["comes_back"] else "NO"} for row in found["texts"]])
+    print("longest: " + ", ".join(repr(text) for text in found["longest"]))
+    print(f"{found['unused']} tokens are in none of these texts, among them: "
+          + ", ".join(repr(text) for text in found["unused_examples"]))
+
+
 def _warn(line):
     _tell(_one_line(line), sys.stderr)
 
 
-VERBS = {"train": train, "sample": sample, "verify": verify, "import": import_, "export": export}
+VERBS = {"train": train, "sample": sample, "verify": verify, "import": import_, "export": export,
+         "eval": evaluate, "tokenizer-report": tokenizer_report}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,7 +30,7 @@ def read(directory: Path, config: dict) -> Tokenizer | None:
     try:
         model = make(path, said)
         encoder = ENCODERS[kind](model)
-        numbers = [config, _json(directory / "generation_config.json")]
+        numbers = [config, json_object(directory / "generation_config.json")]
         return Tokenizer(kind, model, _roles(encoder, said, numbers), said)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         message = str(error) if isinstance(error, ValueError | RuntimeError) else repr(error)
@@ -39,14 +39,15 @@ def read(directory: Path, config: dict) -> Tokenizer | None:
 
 def _said(directory):
     """tokenizer_config.json, with what older and newer versions keep in files beside it."""
-    said = _json(directory / "special_tokens_map.json") | _json(directory / "tokenizer_config.json")
+    said = json_object(directory / "special_tokens_map.json") | json_object(directory / "tokenizer_config.json")
     template = directory / "chat_template.jinja"
     if template.is_file():
         said["chat_template"] = template.read_text("utf-8")
     return said
 
 
-def _json(path):
+def json_object(path: Path) -> dict:
+    """What a JSON file holds, nothing where there is none. Raises ValueError where it is no object."""
     content = read_json(path, MOST_BYTES) if path.exists() else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -70,7 +71,7 @@ def _byte_level(path, said):
     merges = path.with_name("merges.txt")
     if not merges.is_file():
         raise ValueError(f"{merges.name} is missing beside it")
-    vocabulary = _json(path)
+    vocabulary = json_object(path)
     lines = merges.read_text("utf-8").split("\n")
     byte_level = {"type": "ByteLevel", "add_prefix_space": bool(said.get("add_prefix_space", False)),
                   "trim_offsets": True, "use_regex": True}
@@ -147,7 +148,7 @@ def write(directory: Path, tokenizer: Tokenizer, context_length: int) -> None:
         (directory / "tokenizer.model").write_bytes(tokenizer.model)
     names, roles = {id: name for name, id in tokenizer.special_tokens.items()}, tokenizer.roles
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length,
-              "clean_up_tokenization_spaces": False}
+              "clean_up_tokenization_spaces": False, "add_prefix_space": tokenizer.puts_space}
     for role, id in (("bos", roles.document_start), ("eos", roles.end_tokens[0]), ("pad", roles.padding),
                      ("mask", roles.mask), ("unk", tokenizer.special_tokens.get("<unk>"))):
         if id in names:
