@@ -10,6 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := .venv/.installed
 TESTS_INSTALLED := .venv/.tests-installed
+PROOFS_INSTALLED := .venv/.proofs-installed
 
 .PHONY: quickstart test proofs lint lint-kernels gpu-check clean
 
@@ -25,7 +26,7 @@ test: $(TESTS_INSTALLED) lint
 		rotary/64 "heads/64 norm," "1 x " gelu/tanh swiglu squared_relu "50304 all"
 	$(BIN)/python -m pytest -q -m "serial and not slow"
 
-proofs: $(TESTS_INSTALLED)
+proofs: $(PROOFS_INSTALLED)
 	$(BIN)/python -m pytest -q -n 2 -m "slow and not serial"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m slow tests/kernels
 	$(BIN)/python -m pytest -q -m "slow and serial"
@@ -54,6 +55,10 @@ $(INSTALLED): setup.py constraints.txt
 
 $(TESTS_INSTALLED): $(INSTALLED)
 	$(PIP) --editable ".[test,dev]"
+	@touch $@
+
+$(PROOFS_INSTALLED): $(TESTS_INSTALLED)
+	$(PIP) --editable ".[eval]"
 	@touch $@
 
 OUT ?= benchmarks/results/

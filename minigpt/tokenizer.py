@@ -53,10 +53,8 @@ class Tokenizer:
     """
 
     def __init__(self, kind: str, model: bytes = b"", roles: Roles = Roles(), theirs: dict | None = None):
-        if kind not in ENCODERS:
-            raise ValueError(f"tokenizer kind {kind!r} is none of: {', '.join(ENCODERS)}")
         self.kind, self.model, self.roles, self.theirs = kind, model, roles, theirs or {}
-        self.encoder = ENCODERS[kind](model)
+        self.encoder = _encoder(kind)(model)
         self.token_bytes, self.special_tokens = self.encoder.token_bytes, self.encoder.special_tokens
         self.vocab_size = len(self.token_bytes)
         named = {roles.document_start, *roles.end_tokens, roles.padding, *roles.prompt_start, roles.mask} - {None}
@@ -158,7 +156,7 @@ class Tokenizer:
         directory = Path(directory)
         try:
             settings = json.loads(_file(directory / "settings.json").read_text("utf-8"))
-            file = ENCODERS[settings["kind"]].file
+            file = _encoder(settings["kind"]).file
             model = _file(directory / file).read_bytes() if file else b""
             roles = {key: tuple(value) if isinstance(value, list) else value
                      for key, value in settings.get("roles", {}).items()}
@@ -169,6 +167,12 @@ class Tokenizer:
         if not intact:
             raise ValueError(f"{directory}: the tokenizer is not the one that settings.json names; restore both files")
         return tokenizer
+
+
+def _encoder(kind):
+    if kind not in ENCODERS:
+        raise ValueError(f"tokenizer kind {kind!r} is none of: {', '.join(ENCODERS)}")
+    return ENCODERS[kind]
 
 
 def _file(path):

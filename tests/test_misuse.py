@@ -179,7 +179,7 @@ TOKENIZERS = [
     ("a tokenizer of deep JSON", r"head -c 99999 /dev/zero | tr '\0' '[' > a/settings.json",
      "a: the tokenizer is damaged (...); restore"),
     ("a tokenizer of unknown kind", "sed -i s/bpe/pbe/ a/settings.json",
-     "a: the tokenizer is damaged (... 'pbe' is none of: bpe, bytes); restore"),
+     "a: the tokenizer is damaged (... 'pbe' is none of: bpe, bytes, sentencepiece, tokenizers); restore"),
     ("a tokenizer of random bytes", "head -c 9999 /dev/urandom > a/tokenizer.model",
      "a: the tokenizer is damaged (...); restore the directory"),
     ("a tokenizer that is a pickle", r"printf '\200\004].' > a/tokenizer.model",
