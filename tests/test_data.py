@@ -16,7 +16,7 @@ from minigpt.corpus import open_corpus
 from minigpt.data import Dealer, in_order, prepare
 from minigpt.files import read_sealed, sha256_of, write_sealed
 from minigpt.shards import Split
-from minigpt.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minigpt.tokenizer import SPECIAL_TOKENS, Roles, Tokenizer
 
 START = SPECIAL_TOKENS["<s>"]
 BYTES = TokenizerConfig(kind="bytes")
@@ -99,7 +99,7 @@ def test_the_index(folder, make):
 class WideTokenizer:
     """Bytes as the last 256 ids."""
 
-    fingerprint, document_start, token_bytes = "wide", START, []
+    fingerprint, token_bytes, roles = "wide", [], Roles(document_start=START)
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
