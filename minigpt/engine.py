@@ -1,74 +1,212 @@
-"""Text from a model: a key-value cache, prefill, decoding, and `load`, which opens a run or checkpoint.
+"""Texts from a model, many at a time: requests wait in a queue, share a key-value cache and come and go between steps.
 
     run = minigpt.load("runs/quickstart")
     text = run.generate("def main(", SamplingParams(temperature=0.8, seed=1))
     for piece in run.stream("def main("): print(piece, end="", flush=True)
+
+    engine = Engine(run.model, run.tokenizer, slots=8)              # beneath it
+    requests = [engine.submit(ids, params) for ids in prompts]
+    while engine.step(): ...
 """
 
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from minigpt import checkpoint, sampling
-from minigpt.config import Config, ModelConfig, SamplingParams
+from minigpt.cache import Decode, KVCache, Prefill
+from minigpt.config import Config, SamplingParams
 from minigpt.device import pick_device
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
 DEFAULT = SamplingParams()
+CHUNK = 64
+"""Tokens of a prompt that an invariant engine reads at a time."""
+PREFILL = 512
+"""Those that another does: enough to keep every core busy, and a bound on memory."""
+CACHE_BYTES = 1 << 30
+MOST_SLOTS = 16
 
 
-class KVCache:
-    """Keys and values of the tokens so far, allocated once: (depth, B, S, H_kv, D)."""
+class Request:
+    """A text under way: `tokens` are the prompt's ids and those drawn so far.
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.depth, batch, length, config.H_kv, config.D)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's k, v (B, T, H_kv, D) behind the tokens so far; gives all of them, (B, S, H_kv, D).
-
-        The model adds T to `length` when every layer has stored its own.
-        """
-        end = self.length + k.shape[1]
-        self.keys[layer, :, self.length:end] = k
-        self.values[layer, :, self.length:end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
-
-
-@torch.inference_mode()
-def decode(model: GPT, prompt: list[int], params: SamplingParams, *, never: np.ndarray, num_rows: int = 1,
-           first_row: int = 0) -> Iterator[torch.Tensor]:
-    """Continue one prompt `num_rows` times: yields the rows' next tokens, (B,) int64, max_new_tokens times.
-
-    Row i draws from a generator seeded by (seed, first_row + i). Never drawn are the ids where `never` (vocab_size,)
-    bool is true, and those from its length on, where the model has more. When the context is full, its second half is
-    read again as a new beginning.
+    `is_done` tells whether it has ended; `error` is a ValueError where the model's output was not finite. `cancel()`
+    ends it within one step.
     """
-    config, device = model.config, model.embedding.weight.device
-    generators = [torch.Generator(device).manual_seed(_mixed(params.seed, first_row + row)) for row in range(num_rows)]
-    never = torch.from_numpy(never).to(device)
-    everything = torch.tensor([prompt] * num_rows, device=device)                           # (B, T)
-    fresh, cache = everything[:, -config.context_length:], None
-    for _ in range(params.max_new_tokens):
-        if cache is None or cache.length + fresh.shape[1] > config.context_length:
-            if cache is not None:
-                fresh = everything[:, -(config.context_length // 2 + 1):]
-            length = min(config.context_length, fresh.shape[1] + params.max_new_tokens)
-            cache = KVCache(config, num_rows, length, device, model.embedding.weight.dtype)
-        hidden = model.hidden(fresh, cache=cache)[:, -1]                                    # (B, C)
-        logits = model.head(hidden).float()[:, :len(never)].masked_fill_(never, -torch.inf)  # (B, V)
-        following = sampling.sample(logits, everything, params, generators)
-        yield following
-        fresh = following[:, None]
-        everything = torch.cat((everything, fresh), dim=1)
+
+    def __init__(self, prompt: list[int], params: SamplingParams, generator: torch.Generator):
+        self.tokens, self.params, self.generator = list(prompt), params, generator
+        self.num_prompt, self.is_done, self.error = len(prompt), False, None
+        self.slot, self.first, self.stored = None, 0, 0
+        """Its slot holds `stored` tokens from tokens[first] on."""
+        self.reusable = 0
+        """How many of these another request may take over."""
+
+    @property
+    def drawn(self) -> list[int]:
+        """The ids drawn so far."""
+        return self.tokens[self.num_prompt:]
+
+    @property
+    def held(self) -> list[int]:
+        """The tokens of its slot that another request may take over."""
+        return self.tokens[self.first:self.first + self.reusable]
+
+    def cancel(self) -> None:
+        self.is_done = True
+
+
+class Engine:
+    """Decodes requests in `slots` of a cache that is allocated once; what finds no slot waits in a queue.
+
+    `slots` (0: as many as fit a gigabyte, at most 16) and `length`, the tokens of each (0: the model's context), bound
+    the memory. `past_context`: what is done when a slot is full: "reread", its second half is read again as a new
+    beginning, or "slide", the first half is forgotten and the second kept as it was computed (not for learned
+    positions). With `invariant` a request gives the same tokens, on a CPU in float32, whatever else is in the batch:
+    all slots are decoded in every step, and prompts are read in chunks of one size. No token is read that a slot
+    already holds for another request, or for the turn before in a conversation. One thread at a time may use it.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, *, slots: int = 0, length: int = 0, invariant: bool = False,
+                 past_context: str = "reread"):
+        weight, context = model.embedding.weight, model.config.context_length
+        if past_context not in ("reread", "slide"):
+            raise ValueError(f"past_context = {past_context!r} is none of: reread, slide")
+        if past_context == "slide" and model.config.position == "learned":
+            raise ValueError("past_context = slide is not for a model with learned positions; take reread")
+        self.model, self.invariant, self.past_context = model, invariant, past_context
+        self.length, self.device = min(length or context, context), weight.device
+        room = CACHE_BYTES // KVCache.slot_bytes(model.config, self.length, weight.dtype)
+        self.slots = slots or max(1, min(MOST_SLOTS, room))
+        places = -(-self.length // CHUNK) * CHUNK if invariant else self.length     # a chunk is written whole
+        self.cache = KVCache(model.config, self.slots, places, self.device, weight.dtype)
+        self.never = torch.from_numpy(tokenizer.never_sampled).to(self.device)
+        self.ends = frozenset(tokenizer.roles.end_tokens)
+        self.queue, self.active = deque(), {}
+        """Requests that wait, and {slot: request} of those that do not."""
+        self.left = {slot: [] for slot in range(self.slots)}
+        """{free slot: the tokens that it still holds}, the longest free first."""
+
+    def submit(self, prompt: list[int], params: SamplingParams = DEFAULT, row: int = 0) -> Request:
+        """Queue a prompt's ids; its tokens are drawn from a generator seeded by (params.seed, row)."""
+        if not prompt:
+            raise ValueError("the prompt has no token; give at least what starts a document")
+        request = Request(prompt, params, torch.Generator(self.device).manual_seed(_mixed(params.seed, row)))
+        self.queue.append(request)
+        return request
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Draw one token for every request that has a slot, first giving slots to those that wait.
+
+        False where there is nothing left to do.
+        """
+        self._free()
+        going = []
+        for request in self.active.values():
+            if len(request.tokens) - request.first > self.length and not self._slides(request):
+                self._draw(request, self._read(request))
+            else:
+                going.append(request)
+        while self.queue and self.left:
+            request = self.queue.popleft()
+            if not request.is_done:
+                self._give_slot(request)
+                self._draw(request, self._read(request))
+        if going:
+            logits = self._decode(going)
+            for request in going:
+                self._draw(request, logits[request.slot:request.slot + 1])
+        self._free()
+        return bool(self.active or self.queue)
+
+    def _free(self):
+        """Take the slots of requests that are done."""
+        for slot, request in list(self.active.items()):
+            if request.is_done:
+                del self.active[slot]
+                self.left[slot] = request.held
+
+    def _give_slot(self, request):
+        """The slot that holds the longest beginning of its tokens; where another request uses that, a copy of it."""
+        request.first = max(0, len(request.tokens) - self.length)
+        wanted = request.tokens[request.first:-1]
+        held = self.left | {slot: other.held for slot, other in self.active.items()}
+        common = {slot: _common(tokens, wanted) for slot, tokens in held.items()}
+        source = max(common, key=common.get)
+        count = common[source] // CHUNK * CHUNK if self.invariant else common[source]
+        slot = source if source in self.left and count else next(
+            (slot for slot, tokens in self.left.items() if not tokens), next(iter(self.left)))
+        if count and slot != source:
+            self.cache.copy(source, slot, count)
+        del self.left[slot]
+        request.slot, request.stored, request.reusable = slot, count, count
+        self.active[slot] = request
+
+    def _slides(self, request):
+        """Make room in a full slot; False where what is kept must be read again."""
+        half, slides = self.length // 2, self.past_context == "slide" and self.length > 1
+        if slides:
+            self.cache.slide(request.slot, self.length - half, self.length, self.model.positions.tables)
+        request.first, request.stored, request.reusable = len(request.tokens) - half - 1, half * slides, 0
+        return slides
+
+    def _read(self, request):
+        """Read all tokens that its slot does not hold yet; gives the logits (1, V) after the last."""
+        ids = torch.tensor(request.tokens[request.first:], device=self.device)
+        size = CHUNK if self.invariant else PREFILL
+        for start in range(request.stored, len(ids), size):
+            chunk = ids[start:start + size]
+            last = len(chunk) - 1
+            if self.invariant:
+                chunk = torch.nn.functional.pad(chunk, (0, CHUNK - len(chunk)))
+            hidden = self.model.hidden(chunk[None], cache=Prefill(self.cache, request.slot, start))
+        request.stored = request.reusable = len(ids)
+        return self.model.head(hidden[:, last]).float()
+
+    def _decode(self, requests):
+        """Read one token of each; gives the logits (B, V) of the first B slots."""
+        rows = self.slots if self.invariant else 1 + max(request.slot for request in requests)
+        tokens, lengths = [[0]] * rows, [-1] * rows
+        for request in requests:
+            tokens[request.slot], lengths[request.slot] = request.tokens[-1:], request.stored
+            request.stored += 1
+            request.reusable += not self.invariant and request.reusable == request.stored - 1
+        view = Decode(self.cache, torch.tensor(lengths, device=self.device))
+        hidden = self.model.hidden(torch.tensor(tokens, device=self.device), cache=view)
+        return self.model.head(hidden[:, 0]).float()
+
+    def _draw(self, request, logits):
+        """One token from logits (1, V); an id that no text can have is never drawn."""
+        if request.is_done:
+            return
+        logits = logits[:, :len(self.never)].masked_fill(self.never, -torch.inf)
+        tokens = torch.tensor([request.tokens], device=self.device) if request.params.repetition_penalty != 1 else None
+        try:
+            token = int(sampling.sample(logits, tokens, request.params, [request.generator]))
+        except ValueError as error:
+            request.error, request.is_done, request.reusable = error, True, 0       # NaN would spread from its slot
+            return
+        request.tokens.append(token)
+        enough = len(request.tokens) - request.num_prompt >= request.params.max_new_tokens
+        request.is_done = enough or token in self.ends
+
+
+def _common(a, b):
+    """How many of their first tokens are alike."""
+    count = min(len(a), len(b))
+    if a[:count] == b[:count]:
+        return count
+    return next(place for place, (one, other) in enumerate(zip(a, b)) if one != other)
 
 
 def _mixed(*numbers):
@@ -79,46 +217,67 @@ def _mixed(*numbers):
 class Run:
     """A checkpoint, opened: `model`, `tokenizer` (None where it was imported without), `config`, and text from them."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer | None, config: Config, path: Path):
+    def __init__(self, model: GPT, tokenizer: Tokenizer | None, config: Config, path: Path, **engine_options):
         self.model, self.tokenizer, self.config, self.path = model, tokenizer, config, path
+        self._engine_options = engine_options
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Made when the first text is asked for."""
+        return Engine(self.model, self.tokenizer, **self._engine_options)
 
     def generate(self, prompts: str | list[str] | None, params: SamplingParams = DEFAULT) -> str | list[str]:
-        """The continuation of a prompt, or, of a list, one for each.
+        """The continuation of a prompt, or, of a list, one for each, decoded as one batch.
 
         None starts a new document. Prompt i of a list draws from (seed, i). Raises ValueError for an empty prompt
         and for a model that was not trained to continue text.
         """
-        if isinstance(prompts, list):
-            return ["".join(self.stream(prompt, params, row)) for row, prompt in enumerate(prompts)]
-        return "".join(self.stream(prompts, params))
-
-    def stream(self, prompt: str | None, params: SamplingParams = DEFAULT, row: int = 0) -> Iterator[str]:
-        """The continuation in pieces, as it is drawn; a piece never ends within a character."""
-        return self._pieces(self.encode_prompt(prompt), params, row)
-
-    def _pieces(self, ids, params, row):
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for following in decode(self.model, ids, params, never=self.tokenizer.never_sampled, first_row=row):
-            token = int(following)
-            if self.tokenizer.is_special[token]:
-                break
-            if piece := decoder.decode(self.tokenizer.token_bytes[token]):
-                yield piece
-        if piece := decoder.decode(b"", final=True):
-            yield piece
+        if not isinstance(prompts, list):
+            return "".join(self.stream(prompts, params))
+        encoded = [self.encode_prompt(prompt) for prompt in prompts]
+        return self._texts([self.engine.submit(ids, params, row) for row, ids in enumerate(encoded)])
 
     def samples(self, prompt: str | None, params: SamplingParams, number: int) -> list[str]:
-        """`number` continuations of one prompt, decoded as one batch; sample i equals row i of `stream`."""
+        """`number` continuations of one prompt, decoded as one batch; sample i draws from (seed, i)."""
         ids = self.encode_prompt(prompt)
-        rows, ended = [[] for _ in range(number)], [False] * number
-        for following in decode(self.model, ids, params, never=self.tokenizer.never_sampled, num_rows=number):
-            for row, token in enumerate(following.tolist()):
-                ended[row] = ended[row] or self.tokenizer.is_special[token]
-                if not ended[row]:
-                    rows[row].append(token)
-            if all(ended):
+        return self._texts([self.engine.submit(ids, params, row) for row in range(number)])
+
+    def _texts(self, requests):
+        try:
+            return ["".join(self._pieces(request)) for request in requests]
+        finally:
+            for request in requests:
+                request.cancel()
+
+    def stream(self, prompt: str | None, params: SamplingParams = DEFAULT, row: int = 0) -> Iterator[str]:
+        """The continuation in pieces, as it is drawn; a piece never ends within a character.
+
+        Several streams may be read in turn. One that is closed, or left by Ctrl-C, ends its request.
+        """
+        return self._stream(self.encode_prompt(prompt), params, row)
+
+    def _stream(self, ids, params, row):
+        request = self.engine.submit(ids, params, row)
+        try:
+            yield from self._pieces(request)
+        finally:
+            request.cancel()
+
+    def _pieces(self, request):
+        """Text of a request as it is drawn; other requests go on meanwhile."""
+        decoder, place = codecs.getincrementaldecoder("utf-8")(errors="replace"), request.num_prompt
+        while True:
+            while place == len(request.tokens) and not request.is_done:
+                self.engine.step()
+            if request.error:
+                raise request.error
+            if place == len(request.tokens) or self.tokenizer.is_special[request.tokens[place]]:
                 break
-        return [self.tokenizer.decode_bytes(row).decode("utf-8", errors="replace") for row in rows]
+            if piece := decoder.decode(self.tokenizer.token_bytes[request.tokens[place]]):
+                yield piece
+            place += 1
+        if piece := decoder.decode(b"", final=True):
+            yield piece
 
     def encode_prompt(self, prompt: str | None) -> list[int]:
         """The ids of a prompt behind what stands before one; of None, what stands before a document."""
@@ -133,11 +292,11 @@ class Run:
         return [roles.document_start] if prompt is None else [*roles.prompt_start, *self.tokenizer.encode(prompt)]
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> Run:
+def load(path: str | Path, device: str | torch.device | None = None, **engine_options) -> Run:
     """Open a run (its newest valid checkpoint) or a checkpoint directory, checked byte by byte.
 
-    `device`: CUDA where there is one, else the CPU, unless given. Raises FileNotFoundError or ValueError naming what
-    is missing or damaged.
+    `device`: CUDA where there is one, else the CPU, unless given. `engine_options` are those of `Engine`. Raises
+    FileNotFoundError or ValueError naming what is missing or damaged.
     """
     found = checkpoint.find(path)
     found.check_depth()
@@ -145,4 +304,4 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Run:
         found.check_model(GPT(found.config.model, initial=False))
     model = GPT(found.config.model, initial=False).to(pick_device(device)).eval()
     found.load_model(model)
-    return Run(model, found.tokenizer, found.config, found.path)
+    return Run(model, found.tokenizer, found.config, found.path, **engine_options)

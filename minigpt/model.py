@@ -222,9 +222,10 @@ class Attention(nn.Module):
         q, k, v = kernels.split_heads(self.qkv(x).unflatten(-1, (-1, self.D)), self.heads, self.q_norm.weight,
                                       self.k_norm.weight, self.eps, *tables, positions)    # (B, T, H or H_kv, D)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)                                      # (B, S, H_kv, D)
-        y = kernels.attention(q, k, v, causal=causal, window=self.window, document_ids=document_ids,
-                              dropout_p=self.dropout if self.training else 0.0)        # (B, T, H, D)
+            y = cache.attend(self.layer, q, k, v, self.window)                         # (B, T, H, D)
+        else:
+            y = kernels.attention(q, k, v, causal=causal, window=self.window, document_ids=document_ids,
+                                  dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.flatten(-2))                                                 # (B, T, C)
 
 
@@ -302,15 +303,16 @@ class GPT(nn.Module):
         """(B, T) tokens to (B, T, C), normalised, ready for the head.
 
         `document_ids` (B, T) hides documents from one another; `positions` (T,) or (B, T) are 0 to T - 1 unless
-        given; `token_types` (B, T) are 0 unless given, of a model that has any; with a `cache` (see `engine.KVCache`)
-        the tokens go on where it ends. Raises ValueError for more tokens than the context holds.
+        given; `token_types` (B, T) are 0 unless given, of a model that has any; a `cache` (see cache.py) tells the
+        positions and attends to the tokens before. Raises ValueError for more tokens than the context holds.
         """
-        start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
-        if end > self.config.context_length:
-            raise ValueError(f"{end} tokens are more than this model's context_length = {self.config.context_length}")
-        if positions is None:
-            positions = torch.arange(start, end, device=tokens.device)
+        if cache is not None:
+            positions = cache.positions(tokens)
+        elif tokens.shape[1] > self.config.context_length:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than this model's context_length = "
+                             f"{self.config.context_length}")
+        elif positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.positions.add(self.embedding(tokens), positions)
         if self.token_types is not None:
             x = x + (self.token_types.weight[0] if token_types is None else self.token_types(token_types))
@@ -320,8 +322,6 @@ class GPT(nn.Module):
         residual = torch.zeros_like(x)
         for block in self.blocks:
             x, residual = block(x, residual, self.positions.tables, positions, causal, document_ids, cache)
-        if cache is not None:
-            cache.length = end
         return self.final_norm(x, residual)[0]
 
     def forward(self, tokens, **context):

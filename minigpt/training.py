@@ -271,7 +271,7 @@ class Trainer:
         """Continuations of train.sample_prompts with a fixed seed, so that those of two steps can be compared."""
         if not self.objective.is_causal:
             return []
-        samples, run = [], Run(self.model, self.tokenizer, self.config, self.run)
+        samples, run = [], Run(self.model, self.tokenizer, self.config, self.run, slots=1)
         self.model.eval()
         try:
             for prompt in self.config.train.sample_prompts:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,10 @@ from twins import LLAMA3, bert_twins, gpt2_twins, llama_twins, random_model
 import minigpt
 from minigpt import hf
 from minigpt.config import ModelConfig, SamplingParams
-from minigpt.engine import decode
+from minigpt.engine import Engine
 from minigpt.families import FAMILIES, Unsupported, family_for
 from minigpt.model import GPT
+from minigpt.tokenizer import Tokenizer
 
 DEFAULT_ROPE = ({"rope_type": "default", "rope_theta": 500.0}, dict(rope_base=500.0))
 TWINS = {
@@ -98,9 +98,13 @@ def test_greedy_text_is_that_of_transformers(saved):
     folder, theirs = saved("qwen3")
     prompt = TOKENS[0, :4]
     expected = theirs.generate(prompt[None], max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
-    drawn = decode(read(folder), prompt.tolist(), SamplingParams(max_new_tokens=10, temperature=0.0),
-                   never=np.zeros(53, bool))
-    assert [int(token) for token in drawn] == expected[0, 4:].tolist()
+    engine = Engine(read(folder), Tokenizer.train((), kind="bytes"))
+    engine.never = torch.zeros(53, dtype=torch.bool)
+    engine.ends = frozenset()
+    request = engine.submit(prompt.tolist(), SamplingParams(max_new_tokens=10, temperature=0.0))
+    while engine.step():
+        pass
+    assert request.drawn == expected[0, 4:].tolist()
 
 
 def test_token_types_are_those_of_transformers(saved):

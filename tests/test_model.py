@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from twins import LLAMA3, gpt2_twins, llama_twins, random_model, rename
 
 import kernels
+from minigpt.cache import KVCache, Prefill
 from minigpt.config import PRESETS, ModelConfig, make_config
-from minigpt.engine import KVCache
 from minigpt.model import GPT
 
 
@@ -249,11 +249,10 @@ def test_more_tokens_than_the_context_are_refused(position):
     message = "17 tokens are more than this model's context_length = 16"
     with pytest.raises(ValueError, match=message):
         model(tokens(T=17))
-    cache = KVCache(model.config, 3, 20, torch.device("cpu"), torch.float32)
-    model.hidden(tokens(T=10), cache=cache)
-    with pytest.raises(ValueError, match=message):
-        model.hidden(tokens(T=7), cache=cache)
-    assert cache.length == 10
+    cache = KVCache(model.config, 1, 16, torch.device("cpu"), torch.float32)
+    model.hidden(tokens(B=1, T=10), cache=Prefill(cache, 0, 0))
+    with pytest.raises(ValueError, match="17 tokens are more than a slot of the cache holds, 16"):
+        model.hidden(tokens(B=1, T=7), cache=Prefill(cache, 0, 10))
 
 
 def test_what_a_model_cannot_be():
