@@ -305,7 +305,8 @@ def find(path: str | Path) -> Checkpoint:
         return Checkpoint(path)
     found = newest(path)
     if found is None:
-        raise ValueError(f"{path} holds no valid checkpoint; name a run directory or a checkpoint in it")
+        raise ValueError(f"{path} holds no valid checkpoint; name a run directory or a checkpoint in it (of another's "
+                         "model `minigpt import` makes one)")
     return found
 
 

@@ -155,7 +155,7 @@ def import_(argv: list[str] | None = None) -> None:
 
         _tell(import_model(Path(arguments.source), Path(arguments.out),
                            arguments.tokenizer and Path(arguments.tokenizer), _warn), sys.stdout)
-    _run(command, "stopped; nothing was written")
+    _run(_undone_by_signals(command), "stopped; nothing was written")
 
 
 def export(argv: list[str] | None = None) -> None:
@@ -170,7 +170,7 @@ def export(argv: list[str] | None = None) -> None:
         from minigpt.hf import export_model
 
         _tell(export_model(Path(arguments.path), Path(arguments.out), _warn), sys.stdout)
-    _run(command, "stopped; nothing was written")
+    _run(_undone_by_signals(command), "stopped; nothing was written")
 
 
 def evaluate(argv: list[str] | None = None) -> None:
@@ -246,11 +246,13 @@ def _table(rows):
 
 def _cell(row, name):
     value, interval = row[name], row.get(f"{name}_interval")
+    if value is None:
+        return "-"
     if isinstance(value, str):
         return _one_line(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+    return f"{value:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval and None not in interval else "")
 
 
 def tokenizer_report(argv: list[str] | None = None) -> None:
@@ -278,6 +280,16 @@ def _tokenizer_report(arguments):
     print("longest: " + ", ".join(repr(text) for text in found["longest"]))
     print(f"{found['unused']} tokens are in none of these texts, among them: "
           + ", ".join(repr(text) for text in found["unused_examples"]))
+
+
+def _undone_by_signals(command):
+    """A command that a signal to end leaves like an error, so that what it has begun is removed."""
+    def run():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, lambda received, frame: sys.exit(128 + received))
+        command()
+    return run
 
 
 def _warn(line):

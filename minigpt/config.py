@@ -135,6 +135,8 @@ class ModelConfig(Section):
     """Biases in linear layers and LayerNorm."""
     qkv_bias: bool | None = setting(None)
     """Bias of the query, key and value projections alone; absent: as `bias`."""
+    out_bias: bool | None = setting(None)
+    """Bias of the attention's output projection alone; absent: as `bias`."""
     tied_embeddings: bool = setting(True)
     """The output head reads the token embedding's weight."""
     window: int = setting(0, low=0)

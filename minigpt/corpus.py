@@ -44,8 +44,8 @@ class Document:
                 try:
                     yield block[:cut].decode("utf-8")
                 except UnicodeDecodeError as error:
-                    raise ValueError(f"{self.path}: byte {position + error.start} is not UTF-8; convert the file, or "
-                                     "leave it out with data.include") from None
+                    raise ValueError(f"{self.path}: byte {position + error.start} is not UTF-8; convert the file or "
+                                     "leave it out (in training with data.include)") from None
                 position, rest = position + cut, block[cut:]
 
 
@@ -151,7 +151,8 @@ def list_documents(path: str, include=("*",), key="data.path") -> list[Document]
     for name in names:
         size = (root / name).stat().st_size
         if size == 0:
-            raise ValueError(f"{root / name}: the file is empty; remove it or leave it out with data.include")
+            raise ValueError(f"{root / name}: the file is empty; remove it or leave it out (in training with "
+                             "data.include)")
         documents.append(Document(root / name, name, 0, size))
     return documents
 

@@ -1,11 +1,15 @@
 """What makes ids of text, a class for each kind of tokenizer: bytes, SentencePiece, and Hugging Face's tokenizer.json.
 
 An encoder is made from `model`, the bytes of the file that it is saved as (`file`, None where there is none). It has
-`token_bytes` (for each id the bytes it X"""
+`token_bytes` (for each id the bytes it stands for, none for special tokens), `special_tokens` {name: id}, `unused` (ids
+that no token has), `encode_batch(texts, num_threads)` and `decode(ids)`, of a whole text without special tokens; for
+hf_tokenizer.py also `pieces()`, `id_of(name)` and `usual(role)`. `Tokenizer` is what others use.
+"""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from itertools import pairwise
 
 SPECIAL_TOKENS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<mask>": 4}
@@ -15,6 +19,9 @@ FIRST_BYTE = len(SPECIAL_TOKENS)
 SPACE = "\u2581"
 """SentencePiece writes a space as this character."""
 SPACE_BYTES = [FIRST_BYTE + byte for byte in SPACE.encode()]
+USER_DEFINED = 4
+"""The type of a SentencePiece token that is matched before any merge."""
+MOST_TOKENS = 1 << 22
 MAX_ENCODE_CHARS = 1 << 20
 """Longer texts are encoded in pieces of this many characters, cut after a newline where one is near."""
 
@@ -22,7 +29,7 @@ MAX_ENCODE_CHARS = 1 << 20
 class Bytes:
     """One token a byte, behind the special ones."""
 
-    file = None
+    file, puts_space = None, False
     special_tokens, unused = SPECIAL_TOKENS, ()
 
     def __init__(self, model: bytes = b""):
@@ -30,6 +37,9 @@ class Bytes:
 
     def encode_batch(self, texts, num_threads):
         return [[byte + FIRST_BYTE for byte in text.encode()] for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(map(self.token_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
     def pieces(self) -> list[tuple[str, float | None]]:
         """Each token as SentencePiece writes it, with its score, None for special tokens and bytes."""
@@ -42,6 +52,8 @@ class SentencePiece:
 
     file = "tokenizer.model"
     unused = ()
+    puts_space = False
+    """Whether a text gets a space in front."""
 
     def __init__(self, model: bytes):
         import sentencepiece
@@ -53,15 +65,19 @@ class SentencePiece:
                                if processor.is_control(id) or processor.is_unknown(id)}
         special = set(self.special_tokens.values())
         self.token_bytes = [b"" if id in special else self._bytes_of(id) for id in ids]
-        self.check()
+        self.check(model)
 
-    def check(self):
+    def check(self, model):
+        self.puts_space = self.processor.normalize("a").startswith(SPACE)
         probe, pieces = "a \ufb01\u2460  b ", range(len(self.token_bytes))
         if self.processor.normalize(probe).removeprefix(SPACE) != probe.replace(" ", SPACE):
             raise ValueError("a SentencePiece model that changes the text (its normalizer) is not supported; "
                              "save it as tokenizer.json")
         if any(self.processor.get_score(id) != round(self.processor.get_score(id)) for id in pieces):
             raise ValueError("a SentencePiece model that is no byte-pair encoding is not supported; "
+                             "save it as tokenizer.json")
+        if USER_DEFINED in piece_types(model):
+            raise ValueError("a SentencePiece model with symbols that its user defined is not supported; "
                              "save it as tokenizer.json")
 
     def _bytes_of(self, id):
@@ -70,6 +86,10 @@ class SentencePiece:
 
     def encode_batch(self, texts, num_threads):
         return self.processor.encode(texts, num_threads=num_threads)
+
+    def decode(self, ids: list[int]) -> str:
+        text = b"".join(map(self.token_bytes.__getitem__, ids)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.puts_space else text
 
     def pieces(self) -> list[tuple[str, float | None]]:
         """Each token as SentencePiece writes it, with its score, None for special tokens and bytes."""
@@ -83,8 +103,8 @@ class SentencePiece:
         return id if self.processor.id_to_piece(id) == name else None
 
     def usual(self, role: str) -> list[int]:
-        """The id of the model's own token for "bos" or "eos", where it has one."""
-        id = self.processor.bos_id() if role == "bos" else self.processor.eos_id()
+        """The id of the model's own token for "bos", "eos" or "pad", where it has one."""
+        id = getattr(self.processor, f"{role}_id")()
         return [id] * (id >= 0)
 
 
@@ -92,7 +112,7 @@ class LosslessSentencePiece(SentencePiece):
     """The models that `Tokenizer.train` makes: they have every byte, and put no space in front. SPACE itself becomes
     its three bytes, so that every text comes back as it was."""
 
-    def check(self):
+    def check(self, model):
         pass
 
     def encode_batch(self, texts, num_threads):
@@ -130,6 +150,8 @@ class TokenizerJson:
         bytes_of = _bytes_in(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         size = max(vocabulary.values(), default=-1) + 1
+        if size > MOST_TOKENS:
+            raise ValueError(f"it has the id {size - 1}; the most is {MOST_TOKENS - 1}")
         self.special_tokens = {name: vocabulary[name] for name, token in added.items() if token["special"]}
         self.unused = tuple(sorted(set(range(size)) - set(vocabulary.values())))
         self.token_bytes = [b""] * size
@@ -138,7 +160,13 @@ class TokenizerJson:
                 self.token_bytes[id] = name.encode() if name in added else bytes_of(name)
 
     def encode_batch(self, texts, num_threads):
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:                      # the library raises Exception itself
+            raise ValueError(f"the tokenizer cannot encode the text ({error}); mend its tokenizer.json") from None
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def id_of(self, name: str) -> int | None:
         """The id of the token of that name, None where there is none."""
@@ -148,11 +176,15 @@ class TokenizerJson:
         """None: a tokenizer.json does not tell what its special tokens are for."""
         return []
 
-    def around(self) -> tuple[list[int], list[int]]:
-        """The special tokens that its template puts before and behind a text."""
-        encoding = self._tokenizer.encode("a", add_special_tokens=True)
-        text = [place for place, special in enumerate(encoding.special_tokens_mask) if not special]
-        return encoding.ids[:text[0]], encoding.ids[text[-1] + 1:]
+    def before(self) -> list[int]:
+        """The special tokens that its template puts before a text."""
+        encoding = self._tokenizer.encode("", add_special_tokens=True)
+        for text in ("a", " ", *self._tokenizer.get_vocab(with_added_tokens=False)):
+            with suppress(Exception):
+                encoding = self._tokenizer.encode(text, add_special_tokens=True)
+            if 0 in encoding.special_tokens_mask:
+                return encoding.ids[:encoding.special_tokens_mask.index(0)]
+        return encoding.ids
 
 
 ENCODERS = {"bpe": LosslessSentencePiece, "bytes": Bytes, "sentencepiece": SentencePiece, "tokenizers": TokenizerJson}
@@ -185,6 +217,9 @@ def _bytes_in(content):
     if "ByteLevel" in kinds:
         letters = byte_letters()
         return lambda name: bytes(map(letters.__getitem__, name)) if letters.keys() >= set(name) else name.encode()
+    suffix = content["model"].get("end_of_word_suffix")
+    if suffix:
+        return lambda name: (f"{name.removesuffix(suffix)} " if name.endswith(suffix) else name).encode()
     if "WordPiece" in kinds:
         prefix = content["model"]["continuing_subword_prefix"]
         return lambda name: (name.removeprefix(prefix) if name.startswith(prefix) else f" {name}").encode()
@@ -193,6 +228,38 @@ def _bytes_in(content):
         is_byte = len(name) == 6 and name.startswith("<0x") and name.endswith(">")
         return bytes([int(name[3:5], 16)]) if is_byte else name.replace(SPACE, " ").encode()
     return sentencepiece
+
+
+def piece_types(model: bytes) -> set[int]:
+    """The types of a SentencePiece model's pieces: fields 3 of the messages in its fields 1 (protocol buffers)."""
+    types = set()
+    for field, piece in _fields(model):
+        if field == 1:
+            types |= {value for number, value in _fields(piece) if number == 3}
+    return types
+
+
+def _fields(message):
+    """(number, value) of each field of a message: a whole number, or bytes."""
+    place = 0
+
+    def number():
+        nonlocal place
+        value = shift = 0
+        while True:
+            byte, place = message[place], place + 1
+            value, shift = value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while place < len(message):
+        tag = number()
+        if tag & 7 == 0:
+            yield tag >> 3, number()
+        else:
+            size = {1: 8, 5: 4}.get(tag & 7) or number()
+            yield tag >> 3, message[place:place + size]
+            place += size
 
 
 def _kinds(part):

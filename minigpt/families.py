@@ -65,7 +65,11 @@ class Family:
     objective: str = "causal"
     """What such a model is trained for, in our word."""
     derived: tuple[str, ...] = ()
-    """Ends of names of tensors that are computed or kept twice; some files hold them."""
+    """Ends of names of tensors that are computed, not learnt; some files hold them."""
+    copies: tuple[tuple[str, str], ...] = ()
+    """(a name, the name of what is kept a second time under it); where they differ, the model has no tied head."""
+    can_untie: bool = True
+    """Whether there is a model of the family whose head is not tied."""
     left_out: tuple[str, ...] = ()
     """Beginnings of names of tensors that have no counterpart of ours, as they serve another objective."""
     old_names: tuple[tuple[str, str], ...] = ()
@@ -156,7 +160,8 @@ def _bert_pairs(model):
     embeddings, head = "bert.embeddings", "cls.predictions"
     yield Pair("embedding.weight", (f"{embeddings}.word_embeddings.weight",))
     yield Pair("positions.embedding.weight", (f"{embeddings}.position_embeddings.weight",))
-    yield Pair("token_types.weight", (f"{embeddings}.token_type_embeddings.weight",))
+    if model.token_types:
+        yield Pair("token_types.weight", (f"{embeddings}.token_type_embeddings.weight",))
     yield from _norm("embedding_norm", f"{embeddings}.LayerNorm", True)
     for i in range(model.depth):
         ours, theirs = f"blocks.{i}", f"bert.encoder.layer.{i}"
@@ -175,42 +180,44 @@ def _bert_pairs(model):
 def _llama_settings(given):
     kind = given["model_type"]
     _must_be(given, "hidden_act", "silu")
-    attention_bias, mlp_bias = given.get("attention_bias", False), given.get("mlp_bias", False)
-    if attention_bias != mlp_bias:
-        raise Unsupported(f"attention_bias = {attention_bias} with mlp_bias = {mlp_bias} is not supported")
-    heads = given["num_attention_heads"]
+    heads, width = given["num_attention_heads"], given["hidden_size"]
+    head_size = given.get("head_dim") or (128 if kind == "qwen3" else 0)
+    attention_bias = kind == "qwen2" or given.get("attention_bias", False)
     return dict(
         vocab_size=given["vocab_size"], context_length=given.get("max_position_embeddings", 2048),
-        depth=given["num_hidden_layers"], width=given["hidden_size"], num_heads=heads,
-        num_kv_heads=given.get("num_key_value_heads", heads) if kind == "llama" else given["num_key_value_heads"],
-        head_size=given.get("head_dim") or (128 if kind == "qwen3" else 0), mlp="swiglu",
+        depth=given["num_hidden_layers"], width=width, num_heads=heads,
+        num_kv_heads=(given.get("num_key_value_heads") if kind == "llama" else given["num_key_value_heads"]) or heads,
+        head_size=0 if head_size * heads == width else head_size, mlp="swiglu",
         mlp_width=given["intermediate_size"], norm="rms_norm", norm_eps=given.get("rms_norm_eps", 1e-6),
-        position="rotary", **_rope_settings(given), qk_norm=kind == "qwen3", bias=attention_bias,
-        qkv_bias=kind == "qwen2" or None, tied_embeddings=given.get("tie_word_embeddings", False),
-        window=_window(given))
+        position="rotary", **_rope_settings(given), qk_norm=kind == "qwen3", bias=given.get("mlp_bias", False),
+        qkv_bias=attention_bias, out_bias=kind != "qwen2" and attention_bias,
+        tied_embeddings=given.get("tie_word_embeddings", False), window=_window(given))
 
 
 def _window(given):
     """Of attention in tokens, 0 for none; it must be one for all layers."""
-    window = given.get("sliding_window") or 0
-    if not given.get("use_sliding_window", given["model_type"] == "mistral"):       # Qwen's switch
+    kind, window, depth = given["model_type"], given.get("sliding_window") or 0, given["num_hidden_layers"]
+    if kind == "llama" or not window or kind != "mistral" and not given.get("use_sliding_window", False):
         return 0
-    kinds = set(given.get("layer_types") or ["sliding_attention"] * bool(window))
-    if kinds == {"full_attention"}:
+    full = min(depth, 0 if kind == "mistral" else given.get("max_window_layers", 28))
+    kinds = given.get("layer_types") or ["full_attention"] * full + ["sliding_attention"] * (depth - full)
+    if set(kinds) == {"full_attention"}:
         return 0
-    if len(kinds) > 1 or "layer_types" not in given and given.get("max_window_layers", 0):
+    if set(kinds) != {"sliding_attention"}:
         raise Unsupported("layers with and without a sliding window are not supported")
     return window
 
 
 def _rope_settings(given):
-    """From `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of those before."""
+    """From `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`, which wins, of those before."""
     for key in ("rope_parameters", "rope_scaling"):
-        if not isinstance(given.get(key) or {}, dict):
-            raise Unsupported(f"{key} = {given[key]!r} is no JSON object")
-    rope = given.get("rope_parameters") or {"rope_theta": given.get("rope_theta", 10000.0)} | (
-        given.get("rope_scaling") or {})
-    kind, base = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta", 10000.0)
+        value = given.get(key) or {}
+        if not isinstance(value, dict) or any(isinstance(part, dict) for part in value.values()):
+            raise Unsupported(f"{key} = {value!r} is not supported, only one JSON object of plain values")
+    rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = given.get("rope_theta") or (given.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    base = rope.get("rope_theta", theta)
     if given.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
         raise Unsupported("partial_rotary_factor is not supported")
     if kind == "default":
@@ -218,10 +225,14 @@ def _rope_settings(given):
     if kind == "linear":
         return dict(rope_base=base, rope_scale=rope["factor"])
     if kind == "llama3":
+        context = rope.get("original_max_position_embeddings") or given["max_position_embeddings"]
         return dict(rope_base=base, rope_scale=rope["factor"], rope_low_turns=rope["low_freq_factor"],
-                    rope_high_turns=rope["high_freq_factor"],
-                    rope_original_context=rope["original_max_position_embeddings"])
+                    rope_high_turns=rope["high_freq_factor"], rope_original_context=context)
     raise Unsupported(f"rope type {kind!r} is not supported, only default, linear and llama3")
+
+
+def _or(value, default):
+    return default if value is None else value
 
 
 def _mlp_width(model):
@@ -238,7 +249,7 @@ def _rope_config(model):
     return {"rope_type": "default", "rope_theta": model.rope_base}
 
 
-def _llama_config(model):
+def _llama_config(model, kind):
     rope = _rope_config(model)
     config = {
         "vocab_size": model.vocab_size, "max_position_embeddings": model.context_length,
@@ -248,10 +259,16 @@ def _llama_config(model):
         "rope_parameters": rope, "rope_theta": model.rope_base, "attention_dropout": model.dropout,
         "rope_scaling": None if rope["rope_type"] == "default" else
         {key: value for key, value in rope.items() if key != "rope_theta"}}
-    if model.window:
-        config["sliding_window"] = model.window
-    elif not model.qk_norm and not model.qkv_bias:
-        config |= {"attention_bias": model.bias, "mlp_bias": model.bias}
+    if kind == "llama":
+        config |= {"attention_bias": _or(model.qkv_bias, model.bias), "mlp_bias": model.bias}
+    else:
+        config["sliding_window"] = model.window or None
+    if kind == "qwen3":
+        config["attention_bias"] = _or(model.qkv_bias, model.bias)
+    if kind in ("qwen2", "qwen3"):
+        layer = "sliding_attention" if model.window else "full_attention"
+        config |= {"use_sliding_window": bool(model.window), "max_window_layers": 0 if model.window else model.depth,
+                   "layer_types": [layer] * model.depth}
     return config
 
 
@@ -261,9 +278,10 @@ def _llama_pairs(model):
         ours, theirs = f"blocks.{i}", f"model.layers.{i}"
         yield from _norm(f"{ours}.attention_norm", f"{theirs}.input_layernorm", False)
         yield from _linear(f"{ours}.attention.qkv", [f"{theirs}.self_attn.{part}_proj" for part in "qkv"],
-                           model.bias if model.qkv_bias is None else model.qkv_bias,
+                           _or(model.qkv_bias, model.bias),
                            rows=(model.num_heads * model.D, *[model.H_kv * model.D] * 2))
-        yield from _linear(f"{ours}.attention.out", [f"{theirs}.self_attn.o_proj"], model.bias)
+        yield from _linear(f"{ours}.attention.out", [f"{theirs}.self_attn.o_proj"],
+                           _or(model.out_bias, model.bias))
         if model.qk_norm:
             for part in "qk":
                 yield Pair(f"{ours}.attention.{part}_norm.weight", (f"{theirs}.self_attn.{part}_norm.weight",))
@@ -282,24 +300,27 @@ def _activation(name):
     return ACTIVATIONS[name]
 
 
-def _llama(architecture):
-    return Family(architecture, _llama_settings, _llama_config, _llama_pairs, "model.",
-                  derived=(".rotary_emb.inv_freq",))
+def _llama(kind, architecture):
+    return Family(architecture, _llama_settings, partial(_llama_config, kind=kind), _llama_pairs, "model.",
+                  derived=(".rotary_emb.inv_freq",), copies=(("lm_head.weight", "model.embed_tokens.weight"),))
 
 
 FAMILIES = {
     "gpt2": Family("GPT2LMHeadModel", _gpt2_settings, _gpt2_config, _gpt2_pairs, "transformer.",
-                   derived=(".attn.bias", ".attn.masked_bias")),
-    "llama": _llama("LlamaForCausalLM"), "mistral": _llama("MistralForCausalLM"), "qwen2": _llama("Qwen2ForCausalLM"),
-    "qwen3": _llama("Qwen3ForCausalLM"),
+                   derived=(".attn.bias", ".attn.masked_bias"),
+                   copies=(("lm_head.weight", "transformer.wte.weight"),)),
+    "llama": _llama("llama", "LlamaForCausalLM"), "mistral": _llama("mistral", "MistralForCausalLM"),
+    "qwen2": _llama("qwen2", "Qwen2ForCausalLM"), "qwen3": _llama("qwen3", "Qwen3ForCausalLM"),
     "bert": Family("BertForMaskedLM", _bert_settings, _bert_config, _bert_pairs, "bert.", "masked",
-                   derived=("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", ".position_ids"),
+                   derived=(".position_ids",), copies=(
+                       ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+                       ("cls.predictions.decoder.bias", "cls.predictions.bias")), can_untie=False,
                    left_out=("bert.pooler.", "cls.seq_relationship."),
                    old_names=((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))),
 }
 """{their model_type: the family}; SmolLM is a Llama."""
 NANOGPT = Family("GPT of nanoGPT", _nanogpt_settings, None, partial(_gpt2_pairs, transposed=False), "transformer.",
-                 derived=(".attn.bias",))
+                 derived=(".attn.bias",), copies=(("lm_head.weight", "transformer.wte.weight"),))
 
 
 def family_for(model: ModelConfig, objective: str) -> tuple[str, Family]:
@@ -309,7 +330,10 @@ def family_for(model: ModelConfig, objective: str) -> tuple[str, Family]:
     """
     wanted, nearest = _spelled_out(model), None
     for kind, family in FAMILIES.items():
-        read = _spelled_out(ModelConfig(**family.settings({"model_type": kind} | family.config(model))))
+        try:
+            read = _spelled_out(ModelConfig(**family.settings({"model_type": kind} | family.config(model))))
+        except ValueError:                              # what this family makes of it is no model
+            continue
         differ = [f"model.{key} = {wanted[key]!r}" for key in wanted
                   if wanted[key] != read[key] and key not in _unused(model)]
         differ += [f"objective.name = {objective!r}"] * (family.objective != objective)
@@ -317,16 +341,18 @@ def family_for(model: ModelConfig, objective: str) -> tuple[str, Family]:
             return kind, family
         if nearest is None or len(differ) < len(nearest[1]):
             nearest = kind, differ
+    if nearest is None:
+        raise Unsupported(f"none of the families that can be written has such a model: {', '.join(FAMILIES)}")
     kind, differ = nearest
-    raise Unsupported(f"{differ[0]} has no counterpart in {kind}, the nearest of the "
-                      f"families that can be written: {', '.join(FAMILIES)}")
+    raise Unsupported(f"{differ[0]} has no counterpart in {kind}, the nearest of the families that can be written: "
+                      f"{', '.join(FAMILIES)}")
 
 
 def _spelled_out(model):
     """Its settings, defaults filled in."""
     return dataclasses.asdict(model) | dict(
         num_kv_heads=model.H_kv, head_size=model.D, mlp_width=_mlp_width(model),
-        qkv_bias=model.bias if model.qkv_bias is None else model.qkv_bias)
+        qkv_bias=_or(model.qkv_bias, model.bias), out_bias=_or(model.out_bias, model.bias))
 
 
 def _unused(model):

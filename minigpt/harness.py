@@ -33,9 +33,9 @@ def harness_model(run, batch_size: int = 8):
             stops = settings.get("until") or []
             stops = [stops] if isinstance(stops, str) else stops
             text = ""
-            for piece in run.stream(context, SamplingParams(
-                    max_new_tokens=settings.get("max_gen_toks", 256),
-                    temperature=float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0)):
+            temperature = float(settings.get("temperature", 1.0)) if settings.get("do_sample") else 0.0
+            for piece in run.stream(context or None, SamplingParams(
+                    max_new_tokens=settings.get("max_gen_toks", 256), temperature=temperature)):
                 text += piece
                 if any(stop in text for stop in stops):
                     break

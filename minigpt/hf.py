@@ -6,9 +6,13 @@ Tensors go from file to file in blocks: neither direction takes the memory of a 
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +23,7 @@ from minigpt import checkpoint, hf_tokenizer
 from minigpt.checkpoint import model_tensors
 from minigpt.config import Config, ModelConfig, ObjectiveConfig
 from minigpt.families import FAMILIES, NANOGPT, Family, Pair, family_for
-from minigpt.files import made_whole, named, read_json, sync_file
+from minigpt.files import named, read_json, sync_directory, sync_file
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
@@ -38,10 +42,10 @@ class Weights:
 
     def __init__(self, directory: Path):
         index, single = directory / INDEX, directory / WEIGHTS
-        if index.is_file():
-            self.path, files = index, self._indexed(directory, index)
-        elif single.is_file():
+        if single.is_file():                            # as transformers has it where both are there
             self.path, files = single, {single: None}
+        elif index.is_file():
+            self.path, files = index, self._indexed(directory, index)
         else:
             raise FileNotFoundError(f"{directory}: no {WEIGHTS} and no {INDEX}; name a directory that holds one (a "
                                     "pickle is not read: save it as safetensors first)")
@@ -62,9 +66,12 @@ class Weights:
         files = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
             raise ValueError(f"{index}: holds no weight_map of file names")
+        for name in {*files, *files.values()}:
+            if any("\ud800" <= character <= "\udfff" for character in name):
+                raise ValueError(f"{index}: {name!r} is no name, as it has a lone surrogate")
         outside = sorted(file for file in set(files.values()) if Path(file).name != file or file == "..")
         if outside:
-            raise ValueError(f"{index}: {outside[0]!r} lies outside the directory")
+            raise ValueError(f"{index}: {outside[0]!r} lies outside the directory, or is no name of a file")
         names = {}
         for name, file in files.items():
             names.setdefault(directory / file, []).append(name)
@@ -72,10 +79,11 @@ class Weights:
 
     @staticmethod
     def _open(path):
+        if not path.is_file():                          # opening a pipe would wait for ever
+            what = "not a file" if path.exists() else "missing"
+            raise FileNotFoundError(f"{path}: {what}, and named by {INDEX}")
         try:
             return safe_open(path, "pt")
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: missing, and named by {INDEX}") from None
         except SafetensorError as error:
             raise ValueError(f"{path}: not a safetensors file, or cut off ({error})") from None
 
@@ -99,11 +107,14 @@ class PickledWeights:
         except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.filename:
                 raise
-            raise ValueError(f"{path}: not a file of torch.save, or cut off ({str(error).splitlines()[0]})") from None
+            raise ValueError(f"{path}: not a file of torch.save, of its old format, or cut off "
+                             f"({str(error).splitlines()[0]})") from None
         tensors = content.get("model") if isinstance(content, dict) else None
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ValueError(f"{path}: not a checkpoint of nanoGPT; it has no tensors named model")
-        self.arguments = content.get("model_args")
+        self.arguments = content.get("model_args") if isinstance(content, dict) else None
+        if not isinstance(tensors, dict) or not isinstance(self.arguments, dict) or not all(
+                isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+                for name, tensor in tensors.items()):
+            raise ValueError(f"{path}: not a checkpoint of nanoGPT, which has model_args, and tensors by name in model")
         self._tensors = {name.removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {name: checkpoint.DTYPES.get(tensor.dtype) for name, tensor in self._tensors.items()}
@@ -141,10 +152,10 @@ class Found:
                                      f"{', '.join(READABLE)}; save it as one of these")
         assert {pair.ours for pair in found} == shapes.keys()
         known = {name for group in found.values() for name in group}
-        tied = {"lm_head.weight"} if model.tied_embeddings else set()
+        copies = {copy.removeprefix(bare) for copy, _ in family.copies}
         left_out = sorted(name for name in weights.shapes.keys() - known
                           if name.startswith(tuple(prefix.removeprefix(bare) for prefix in family.left_out)))
-        for name in sorted(weights.shapes.keys() - known - tied - set(left_out)):
+        for name in sorted(weights.shapes.keys() - known - copies - set(left_out)):
             if not name.endswith(family.derived):
                 raise ValueError(f"{weights.path}: {name} is no part of the model that the settings tell of")
         return found, left_out
@@ -157,10 +168,35 @@ class Found:
         raise ValueError(f"{self.weights.path}: {name} is missing; the settings tell of a model that has it")
 
     def tensors(self, planned: dict[Pair, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(our name, rows of our tensor), one tensor of theirs at a time, in their types."""
+        """(our name, rows of our tensor), one tensor of theirs at a time, in their types.
+
+        Raises ValueError naming a tensor with a number that is not finite.
+        """
         for pair, names in planned.items():
             for name in names:
-                yield pair.ours, pair.rows_of(self.weights.tensor(name))
+                tensor = self.weights.tensor(name)
+                if not all(torch.isfinite(block).all() for block in _blocks(tensor)):
+                    raise ValueError(f"{self.weights.path}: {name} holds a number that is not finite")
+                yield pair.ours, pair.rows_of(tensor)
+
+    def differing_copy(self) -> str | None:
+        """The name of a tensor that is not what it should be a copy of, None where all are."""
+        shapes = self.weights.shapes
+        bare = "" if any(name.startswith(self.family.prefix) for name in shapes) else self.family.prefix
+        for copy, original in self.family.copies:
+            copy, original = copy.removeprefix(bare), original.removeprefix(bare)
+            if copy in shapes and original in shapes and not _equal(*map(self.weights.tensor, (copy, original))):
+                return copy
+        return None
+
+
+def _blocks(tensor):
+    """A tensor as blocks of rows."""
+    return tensor.split(max(1, BLOCK_BYTES // (4 * max(1, tensor[:1].numel()))))
+
+
+def _equal(one, other):
+    return one.shape == other.shape and all(map(torch.equal, _blocks(one), _blocks(other)))
 
 
 def open_model(source: Path) -> Found:
@@ -173,22 +209,30 @@ def open_model(source: Path) -> Found:
         raise FileNotFoundError(f"no directory or file {source}; name one that holds a model")
     if is_pickle or (source / PICKLE).is_file() and not config.exists():
         weights = PickledWeights(source if is_pickle else source / PICKLE)
-        return _found(NANOGPT, weights.path, "model_args", weights.arguments, lambda: weights)
+        return _found(NANOGPT, weights.path, weights.arguments, lambda: weights)
     given = read_json(config)
     kind = given.get("model_type") if isinstance(given, dict) else None
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{config}: model_type {kind!r} is not one that can be read: {', '.join(FAMILIES)}")
-    return _found(FAMILIES[kind], config, "config.json", given, lambda: Weights(source))
+    return _found(FAMILIES[kind], config, given, lambda: Weights(source))
 
 
-def _found(family, path, what, given, weights):
+def _found(family, path, given, weights):
     try:
         model = ModelConfig(**family.settings(given))
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]} is missing") from None
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: a setting has a value of a wrong type ({error})") from None
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Found(family, model, weights(), given)
+    found = Found(family, model, weights(), given)
+    if model.tied_embeddings and (copy := found.differing_copy()):
+        if not family.can_untie:
+            raise ValueError(f"{found.weights.path}: {copy} is not the tensor that it is tied to; such a model is not "
+                             "supported")
+        found = replace(found, model=replace(model, tied_embeddings=False))
+    return found
 
 
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -215,8 +259,9 @@ def import_model(source: Path, out: Path, tokenizer: Path | None = None, warn=pr
         raise ValueError(f"{directory}: the tokenizer has {vocabulary.vocab_size} tokens and the model "
                          f"{found.model.vocab_size}; they do not belong together")
     config = Config(model=found.model, objective=ObjectiveConfig(name=found.family.objective))
-    with made_whole(out) as unfinished:
-        shapes = {pair.ours: shapes_of(found.model)[pair.ours] for pair in planned}
+    by_name = shapes_of(found.model)
+    shapes = {pair.ours: by_name[pair.ours] for pair in planned}
+    with new_directory(out) as unfinished:
         checkpoint.write(unfinished, {
             WEIGHTS: lambda path: write_tensors(path, shapes, found.tensors(planned)),
             "optimizer.safetensors": lambda path: save_file({}, path),
@@ -246,10 +291,13 @@ def export_model(source: Path, out: Path, warn=print) -> str:
         with safe_open(found.path / "model.safetensors", "pt") as file:
             return file.get_tensor(name)
 
-    with made_whole(out) as unfinished:
+    with new_directory(out) as unfinished:
         kind, family = write_model(unfinished, model, found.config.objective.name, tensor, tokenizer)
         if tokenizer is not None:
             hf_tokenizer.write(unfinished, tokenizer, model.context_length)
+            if kind == "qwen2" and not str(tokenizer.theirs.get("tokenizer_class")).startswith("Qwen2"):
+                warn("warning: for a qwen2 model AutoTokenizer splits a text as Qwen's own tokenizer does, not as this "
+                     "one; load it with PreTrainedTokenizerFast.from_pretrained")
         (unfinished / "README.md").write_text(model_card(found, family, out.name), "utf-8")
         for file in unfinished.iterdir():
             sync_file(file)
@@ -283,8 +331,31 @@ def model_card(found: checkpoint.Checkpoint, family: Family, name: str) -> str:
 
 
 def _check_free(out):
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out):
         raise ValueError(f"{out} exists already; name another, or remove it")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` when the block has ended well; else nothing of it, nor of the
+    directories above it that had to be made, is left."""
+    above = [path for path in (out.absolute(), *out.absolute().parents)[1:] if not path.exists()]
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.absolute().with_name(f".{out.name[:100]}.{secrets.token_hex(8)}")
+    unfinished.mkdir()
+    done = False
+    try:
+        yield unfinished
+        _check_free(out)
+        os.rename(unfinished, out)
+        sync_directory(out.absolute().parent)
+        done = True
+    finally:
+        if not done:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            for path in above:
+                with suppress(OSError):
+                    path.rmdir()
 
 
 def _size(shapes):
@@ -312,8 +383,6 @@ def write_model(directory: Path, model: ModelConfig, objective: str, ours, token
 
 def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], parts: Iterable[tuple[str, torch.Tensor]]) -> None:
     """A safetensors file of float32 tensors in the order of `shapes`; each comes as one or more parts, row after row.
-
-    Raises ValueError naming a tensor with a number that is not finite.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
@@ -325,10 +394,6 @@ def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], parts: Iterabl
         file.write(len(text).to_bytes(8, "little") + text)
         for name, part in parts:
             assert header[name]["data_offsets"][0] <= file.tell() - 8 - len(text) < header[name]["data_offsets"][1]
-            rows = max(1, BLOCK_BYTES // (4 * max(1, part[:1].numel())))
-            for block in part.detach().split(rows):
-                block = block.float().contiguous()
-                if not torch.isfinite(block).all():
-                    raise ValueError(f"{name} holds a number that is not finite")
-                file.write(block.numpy())
+            for block in _blocks(part.detach()):
+                file.write(block.float().contiguous().numpy())
         assert file.tell() == 8 + len(text) + end

@@ -22,7 +22,7 @@ def read(directory: Path, config: dict) -> Tokenizer | None:
     """
     said = _said(directory)
     readers = {FILES[0]: ("tokenizers", _bytes), "vocab.json": ("tokenizers", _byte_level),
-               FILES[2]: ("sentencepiece", _bytes), FILES[3]: ("tokenizers", _word_piece)}
+               FILES[2]: ("sentencepiece", _sentencepiece), FILES[3]: ("tokenizers", _word_piece)}
     path = next((directory / name for name in readers if (directory / name).is_file()), None)
     if path is None:
         return None
@@ -33,17 +33,29 @@ def read(directory: Path, config: dict) -> Tokenizer | None:
         numbers = [config, json_object(directory / "generation_config.json")]
         return Tokenizer(kind, model, _roles(encoder, said, numbers), said)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        message = str(error) if isinstance(error, ValueError | RuntimeError) else repr(error)
-        raise ValueError(f"{path}: {message.partition(chr(10))[0]}") from None
+        message = str(error) if isinstance(error, ValueError | RuntimeError) else f"it has another form ({error!r})"
+        named = message.startswith(str(directory))
+        raise ValueError(("" if named else f"{path}: ") + message.partition("\n")[0]) from None
 
 
 def _said(directory):
     """tokenizer_config.json, with what older and newer versions keep in files beside it."""
-    said = json_object(directory / "special_tokens_map.json") | json_object(directory / "tokenizer_config.json")
+    path = directory / "tokenizer_config.json"
+    said = json_object(directory / "special_tokens_map.json") | json_object(path)
+    for key, value in said.items():
+        if key.endswith("_token") and not isinstance(value, bool) and not isinstance(_content(value), str | None):
+            raise ValueError(f"{path}: {key} = {value!r} is no token's text")
     template = directory / "chat_template.jinja"
     if template.is_file():
-        said["chat_template"] = template.read_text("utf-8")
+        said["chat_template"] = _text(template)
     return said
+
+
+def _text(path):
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8 text") from None
 
 
 def json_object(path: Path) -> dict:
@@ -57,41 +69,63 @@ def json_object(path: Path) -> dict:
 def _bytes(path, said):
     if path.stat().st_size > MOST_BYTES:
         raise ValueError("too large for a tokenizer")
-    extra = path.with_name("added_tokens.json")
-    if path.name == FILES[2] and extra.exists():
-        raise ValueError(f"{extra.name} adds tokens to it; save the tokenizer as tokenizer.json")
     return path.read_bytes()
+
+
+def _sentencepiece(path, said):
+    model = _bytes(path, said)
+    encoder = ENCODERS["sentencepiece"](model)
+    for name in _added(path, said):
+        if encoder.id_of(name) is None:
+            raise ValueError(f"{name!r} is added to it by another file; save the tokenizer as tokenizer.json")
+    return model
+
+
+def _added(path, said):
+    """{name: (id, whether it is special)} of the tokens that files beside a vocabulary add to it."""
+    special = {_content(value) for key, value in said.items() if key.endswith("_token")}
+    special |= set(map(_content, said.get("additional_special_tokens") or ()))
+    added = {name: (id, name in special) for name, id in json_object(path.with_name("added_tokens.json")).items()}
+    for id, token in (said.get("added_tokens_decoder") or {}).items():
+        added[token["content"]] = int(id), token.get("special", False)
+    return added
 
 
 def _byte_level(path, said):
     """The tokenizer.json of GPT-2's vocab.json and merges.txt."""
-    kind = said.get("tokenizer_class", "GPT2Tokenizer").removesuffix("Fast")
+    kind = (said.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
     if kind != "GPT2Tokenizer":
         raise ValueError(f"how a {kind} splits a text is not known; save the tokenizer as tokenizer.json")
     merges = path.with_name("merges.txt")
     if not merges.is_file():
         raise ValueError(f"{merges.name} is missing beside it")
     vocabulary = json_object(path)
-    lines = merges.read_text("utf-8").split("\n")
+    pairs = [line.split(" ") for line in _text(merges).split("\n") if line and not line.startswith("#version")]
+    bad = [pair for pair in pairs if len(pair) != 2 or not vocabulary.keys() >= {*pair, "".join(pair)}]
+    if bad:
+        raise ValueError(f"{' '.join(bad[0])!r} in {merges.name} is no merge of two of its tokens to a third")
     byte_level = {"type": "ByteLevel", "add_prefix_space": bool(said.get("add_prefix_space", False)),
                   "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "vocab": vocabulary, "byte_fallback": False, "fuse_unk": False,
-             "merges": [line.split(" ") for line in lines if line and not line.startswith("#version")]}
+    model = {"type": "BPE", "vocab": vocabulary, "byte_fallback": False, "fuse_unk": False, "merges": pairs}
     said.setdefault("eos_token", "<|endoftext|>")
     names = {_content(value) for key, value in said.items() if key.endswith("_token")}
-    return _tokenizer_json(model, {name: vocabulary[name] for name in names if name in vocabulary},
+    return _tokenizer_json(model, {name: vocabulary[name] for name in names if name in vocabulary}, _added(path, said),
                            pre_tokenizer=byte_level, decoder=byte_level)
 
 
 def _word_piece(path, said):
     """The tokenizer.json of BERT's vocab.txt."""
-    vocabulary = {token: id for id, token in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"))}
-    special = {name: vocabulary[name] for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
+    vocabulary = {token: id for id, token in enumerate(_text(path).rstrip("\n").split("\n"))}
+    names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    missing = [name for name in names if name not in vocabulary]
+    if missing:
+        raise ValueError(f"the token {missing[0]} is missing")
+    special = {name: vocabulary[name] for name in names}
     for role, name in dict(bos="[CLS]", eos="[SEP]", pad="[PAD]", mask="[MASK]").items():
         said.setdefault(f"{role}_token", name)
     return _tokenizer_json(
         {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-         "max_input_chars_per_word": 100, "vocab": vocabulary}, special,
+         "max_input_chars_per_word": 100, "vocab": vocabulary}, special, _added(path, said),
         normalizer={"type": "BertNormalizer", "clean_text": True, "strip_accents": said.get("strip_accents"),
                     "handle_chinese_chars": said.get("tokenize_chinese_chars", True),
                     "lowercase": said.get("do_lower_case", True)},
@@ -124,9 +158,9 @@ def _roles(encoder, said, numbers):
         raise ValueError("no token is named that begins or ends a text; add bos_token or eos_token to "
                          "tokenizer_config.json")
     start = (starts or ends)[0]
-    before = encoder.around()[0] if encoder.file == FILES[0] else [start] if said.get("add_bos_token", True) else []
-    return Roles(start, tuple(ends) or (start,), known([*named("pad"), *numbered("pad"), *ends, start])[0],
-                 *known(named("mask"))[:1] or [None], tuple(before))
+    before = encoder.before() if encoder.file == FILES[0] else [start] if said.get("add_bos_token", True) else []
+    padding = known([*named("pad"), *numbered("pad"), *encoder.usual("pad"), *ends, start])[0]
+    return Roles(start, tuple(ends) or (start,), padding, *known(named("mask"))[:1] or [None], tuple(before))
 
 
 def ids_of(tokenizer: Tokenizer | None) -> dict:
@@ -136,7 +170,12 @@ def ids_of(tokenizer: Tokenizer | None) -> dict:
     roles = tokenizer.roles
     ends = list(roles.end_tokens)
     return {"bos_token_id": roles.document_start, "eos_token_id": ends if len(ends) > 1 else ends[0],
-            "pad_token_id": roles.padding}
+            "pad_token_id": _own_padding(roles)}
+
+
+def _own_padding(roles):
+    """The padding token, None where another has to do for it: transformers learns nothing of its padding token."""
+    return None if roles.padding in (*roles.end_tokens, roles.document_start) else roles.padding
 
 
 def write(directory: Path, tokenizer: Tokenizer, context_length: int) -> None:
@@ -148,8 +187,10 @@ def write(directory: Path, tokenizer: Tokenizer, context_length: int) -> None:
         (directory / "tokenizer.model").write_bytes(tokenizer.model)
     names, roles = {id: name for name, id in tokenizer.special_tokens.items()}, tokenizer.roles
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length,
-              "clean_up_tokenization_spaces": False, "add_prefix_space": tokenizer.puts_space}
-    for role, id in (("bos", roles.document_start), ("eos", roles.end_tokens[0]), ("pad", roles.padding),
+              "clean_up_tokenization_spaces": False}
+    if not theirs:
+        config["add_prefix_space"] = tokenizer.encoder.puts_space
+    for role, id in (("bos", roles.document_start), ("eos", roles.end_tokens[0]), ("pad", _own_padding(roles)),
                      ("mask", roles.mask), ("unk", tokenizer.special_tokens.get("<unk>"))):
         if id in names:
             config[f"{role}_token"] = names[id]
@@ -175,12 +216,12 @@ def _sentencepiece_json(tokenizer):
     def replace(old, new):
         return [{"type": "Replace", "pattern": {"String": old}, "content": new}] * (SPACE in text)
 
-    prefix = [{"type": "Prepend", "prepend": SPACE}] * tokenizer.puts_space
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * tokenizer.puts_space
+    prefix = [{"type": "Prepend", "prepend": SPACE}] * tokenizer.encoder.puts_space
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * tokenizer.encoder.puts_space
     names = {id: name for name, id in tokenizer.special_tokens.items()}
     return _tokenizer_json(
         {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": "<0x00>" in vocabulary,
-         "vocab": vocabulary, "merges": merges}, tokenizer.special_tokens,
+         "vocab": vocabulary, "merges": merges}, tokenizer.special_tokens, {},
         normalizer={"type": "Sequence", "normalizers": prefix + replace(" ", SPACE)},
         post_processor=_template(tokenizer.special_tokens, [names[id] for id in tokenizer.roles.prompt_start], []),
         decoder={"type": "Sequence", "decoders": replace(SPACE, " ") + [{"type": "ByteFallback"}, {"type": "Fuse"}]
@@ -198,9 +239,12 @@ def _template(ids, before, behind):
     return {"type": "TemplateProcessing", "single": around("A", 0), "pair": pair, "special_tokens": tokens}
 
 
-def _tokenizer_json(model, special, **parts):
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [{"id": id, "content": name, **flags} for name, id in sorted(special.items(), key=lambda item: item[1])]
+def _tokenizer_json(model, special, more, **parts):
+    """A tokenizer.json of a model with special tokens {name: id} and `more` tokens {name: (id, whether special)}."""
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    tokens = {name: (id, True) for name, id in special.items()} | more
+    added = [{"id": id, "content": name, **flags, "special": is_special}
+             for name, (id, is_special) in sorted(tokens.items(), key=lambda item: item[1])]
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
                "pre_tokenizer": None, "post_processor": None, "decoder": None, **parts, "model": model}
     return json.dumps(content, ensure_ascii=False).encode()

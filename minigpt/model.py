@@ -146,8 +146,17 @@ class RotaryPositions(NoPositions):
 
     def __init__(self, config):
         super().__init__(config)
-        float64 = dict(dtype=torch.float64, device="cpu")       # real also where the model is made on the meta device
-        inverse = config.rope_base ** (-torch.arange(0, config.D, 2, **float64) / config.D)                # (D/2,)
+        if torch.get_default_device().type == "meta":   # where only shapes are asked for
+            cos, sin = torch.empty(2, config.context_length, config.D // 2)
+        else:
+            cos, sin = self.angles(config)
+        self.register_buffer("cos", cos, persistent=False)                                             # (T_max, D/2)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @staticmethod
+    def angles(config):
+        """Cosine and sine of position times frequency, computed in float64."""
+        inverse = config.rope_base ** (-torch.arange(0, config.D, 2, dtype=torch.float64) / config.D)      # (D/2,)
         if config.rope_original_context:
             turns = config.rope_original_context * inverse / (2 * math.pi)
             low, high = config.rope_low_turns, config.rope_high_turns
@@ -155,9 +164,8 @@ class RotaryPositions(NoPositions):
             inverse = inverse * (kept + (1 - kept) / config.rope_scale)
         else:
             inverse = inverse / config.rope_scale
-        angles = torch.arange(config.context_length, **float64)[:, None] * inverse
-        self.register_buffer("cos", angles.cos().float(), persistent=False)                            # (T_max, D/2)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        angles = torch.arange(config.context_length, dtype=torch.float64)[:, None] * inverse
+        return angles.cos().float(), angles.sin().float()
 
     @property
     def tables(self):
@@ -211,7 +219,8 @@ class Attention(nn.Module):
         self.heads = [config.num_heads, config.H_kv, config.H_kv]
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         self.qkv = Linear(config.width, sum(self.heads) * config.D, bias=qkv_bias)
-        self.out = Linear(config.num_heads * config.D, config.width, bias=config.bias)
+        out_bias = config.bias if config.out_bias is None else config.out_bias
+        self.out = Linear(config.num_heads * config.D, config.width, bias=out_bias)
         self.q_norm = RMSNorm(config, config.D) if config.qk_norm else NoWeight()
         self.k_norm = RMSNorm(config, config.D) if config.qk_norm else NoWeight()
         self.eps = config.norm_eps

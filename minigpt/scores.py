@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from minigpt.objectives import IGNORED
 
 Z = 1.959964
 """Of the normal distribution, 95 % lies within so many standard deviations."""
+LARGEST_LOG = math.log(sys.float_info.max)
 GENERATION = {"prompt": str, "references": list}
 CHOICES = {"prompt": str, "choices": list, "answer": int}
 """{key: type} of one JSON object a line."""
@@ -74,6 +77,9 @@ def score_texts(run, paths: Iterable[str], *, stride: int = 0, batch_size: int =
         for piece in document.pieces():
             ids += run.tokenizer.encode(piece)
         nats = token_nats(run.model, np.array(ids), stride, batch_size)
+        if len(ids) == 1 or run.tokenizer.is_special[ids[1:]].any():
+            raise ValueError(f"{document.path}: the tokenizer has no token for some of it, so that bits per byte would "
+                             "leave that out; take another text or a tokenizer that has every byte")
         sizes = np.array([len(run.tokenizer.token_bytes[id]) for id in ids[1:]], float)
         sizes *= document.end / sizes.sum()             # a tokenizer that changes the text has other bytes than it
         cuts = np.arange(0, len(nats), stride)
@@ -89,8 +95,13 @@ def _text_row(windows):
     bits, bits_interval = ratio(nats / math.log(2), sizes)
     mean, mean_interval = ratio(nats, tokens)
     return {"bytes": round(sizes.sum()), "tokens": int(tokens.sum()), "bits_per_byte": bits,
-            "bits_per_byte_interval": bits_interval, "perplexity": math.exp(mean),
-            "perplexity_interval": mean_interval and [math.exp(end) for end in mean_interval]}
+            "bits_per_byte_interval": bits_interval, "perplexity": _exp(mean),
+            "perplexity_interval": mean_interval and [_exp(end) for end in mean_interval]}
+
+
+def _exp(x):
+    """None beyond the largest number."""
+    return math.exp(x) if x < LARGEST_LOG else None
 
 
 def ratio(x: np.ndarray, y: np.ndarray) -> tuple[float, list[float] | None]:
@@ -121,7 +132,7 @@ def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], 
     if len(whole) <= len(before):
         raise ValueError(f"{continuation!r} is empty, or adds no token to what stands before it; give a longer text")
     roles = tokenizer.roles
-    start = roles.prompt_start if kept else roles.prompt_start or [roles.document_start]
+    start = roles.prompt_start if before else roles.prompt_start or [roles.document_start]
     return [*start, *whole[:len(before)]], whole[len(before):]
 
 
@@ -132,6 +143,8 @@ def log_likelihoods(model, pairs: list[tuple[list[int], list[int]]], batch_size:
     Of a context too long for the model its end is taken. Raises ValueError where what follows does not fit alone.
     """
     T, device = model.config.context_length, model.embedding.weight.device
+    for pair in pairs:
+        check_fits(model, pair)
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0]) - len(pairs[index][1]))
     results = [None] * len(pairs)
     for first in range(0, len(order), batch_size):
@@ -143,8 +156,6 @@ def log_likelihoods(model, pairs: list[tuple[list[int], list[int]]], batch_size:
         hidden = model.hidden(inputs.to(device))
         for row, index in enumerate(batch):
             after = pairs[index][1]
-            if len(after) > T:
-                raise ValueError(f"a text of {len(after)} tokens does not fit the context of {T}; give a shorter one")
             end = len(rows[row]) - 1
             logits = model.head(hidden[row, end - len(after):end]).float().log_softmax(-1)              # (n, V)
             targets = torch.tensor(after, device=device)
@@ -153,10 +164,31 @@ def log_likelihoods(model, pairs: list[tuple[list[int], list[int]]], batch_size:
     return results
 
 
+def check_fits(model, pair: tuple[list[int], list[int]]) -> None:
+    """Raise ValueError where what follows a context does not fit the model's own alone."""
+    if len(pair[1]) > model.config.context_length:
+        raise ValueError(f"a text of {len(pair[1])} tokens does not fit the context of {model.config.context_length}; "
+                         "give a shorter one")
+
+
+@contextmanager
+def _place(item):
+    """A ValueError in this block names the file and the line of an item."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{item['place']}: {error}" if "place" in item else str(error)) from None
+
+
 def score_choices(run, items: list[dict], *, batch_size: int = 8) -> dict:
     """Multiple choice: how often the likeliest choice is the answer, by log p and by log p per UTF-8 byte of it."""
     _must_be_causal(run)
-    pairs = [encode_pair(run.tokenizer, item["prompt"], choice) for item in items for choice in item["choices"]]
+    pairs = []
+    for item in items:
+        with _place(item):
+            for choice in item["choices"]:
+                pairs.append(encode_pair(run.tokenizer, item["prompt"], choice))
+                check_fits(run.model, pairs[-1])
     found = iter(log_likelihoods(run.model, pairs, batch_size))
     hits = [0, 0]
     for item in items:
@@ -173,7 +205,10 @@ def score_choices(run, items: list[dict], *, batch_size: int = 8) -> dict:
 def score_generation(run, items: list[dict], max_new_tokens: int = 128) -> dict:
     """Continue each prompt with the likeliest tokens and compare with its references; see `compare`."""
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    outputs = [run.generate(item["prompt"], params) for item in items]
+    outputs = []
+    for item in items:
+        with _place(item):
+            outputs.append(run.generate(item["prompt"], params))
     return compare(outputs, [item["references"] for item in items])
 
 
@@ -226,7 +261,7 @@ def read_items(path: str | Path, keys: dict[str, type]) -> list[dict]:
             wanted = ", ".join(f"{key} ({kind.__name__})" for key, kind in keys.items())
             raise ValueError(f"{path}:{number}: must be a JSON object with {wanted}; texts in the lists, and an answer "
                              "is the place of a choice, from 0") from None
-        items.append(item)
+        items.append(item | {"place": f"{path}:{number}"})
     if not items:
         raise ValueError(f"{path}: holds no item; give a JSON object a line")
     return items

@@ -48,8 +48,7 @@ class Tokenizer:
     Attributes: `kind` ("bpe" or "bytes"; of others "sentencepiece" or "tokenizers"), `vocab_size`, `special_tokens`
     {name: id}, `fingerprint` (SHA-256 in hexadecimal of what decides every encoding), `token_bytes` (for each id the
     bytes it stands for, empty for special tokens), `is_special` (vocab_size,) bool, `roles` of special tokens,
-    `puts_space` (whether encoding puts a space in front of a text), and `theirs`, what others say of a tokenizer of
-    theirs and minigpt only keeps.
+    and `theirs`, what others say of a tokenizer of theirs and minigpt only keeps.
     """
 
     def __init__(self, kind: str, model: bytes = b"", roles: Roles = Roles(), theirs: dict | None = None):
@@ -66,7 +65,6 @@ class Tokenizer:
         if roles != Roles():
             content += json.dumps(asdict(roles)).encode()
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.puts_space = self.decode_bytes(self.encode("a")).startswith(b" ")
 
     @property
     def never_sampled(self) -> np.ndarray:
@@ -123,17 +121,20 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a whole text's ids; special tokens give nothing, bytes that are no UTF-8 give U+FFFD.
 
-        Where the tokenizer puts a space in front of a text, one is taken away.
+        Where the tokenizer puts a space in front of a text, it is taken away.
         """
-        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
-        return text.removeprefix(" ") if self.puts_space else text
+        ids = self._checked(ids)
+        return self.encoder.decode([id for id in ids if not self.is_special[id]])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for; unlike text they may end within a character."""
+        return b"".join(map(self.token_bytes.__getitem__, self._checked(ids)))
+
+    def _checked(self, ids):
         ids = list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"a token id is not in the vocabulary's range of 0 to {self.vocab_size - 1}")
-        return b"".join(map(self.token_bytes.__getitem__, ids))
+        return ids
 
     def save(self, directory: str | Path) -> None:
         """Write `settings.json` and the encoder's own file, for BPE `tokenizer.model`, each whole or not at all."""

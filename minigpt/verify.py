@@ -52,6 +52,9 @@ def verify(path: Path) -> Iterator[Finding]:
     named = place.name == checkpoint.UNFINISHED or checkpoint.NAME.fullmatch(place.name)
     if place.is_dir() and named or (place / checkpoint.MANIFEST).exists():
         return iter([_look(place if path.is_symlink() else path, _checkpoint)])
+    if not (path / "checkpoints").exists() and any(path.glob("*.safetensors")):
+        raise ValueError(f"{path} is a model in Hugging Face's form and no run; `minigpt import` makes a checkpoint of "
+                         "it")
     if (path / "config.json").exists() or (path / "checkpoints").exists():
         return _run(path)
     raise ValueError(f"{path} is no run, checkpoint or data set; name a directory that holds config.json, "

@@ -129,10 +129,14 @@ def test_large_tensors_go_in_blocks(saved, tmp_path, monkeypatch):
     (dict(model_type=...), "model_type None is not one"),
     (dict(hidden_size=...), "config.json: hidden_size is missing"),
     (dict(hidden_act="relu"), "hidden_act = 'relu' is not supported, only 'silu'"),
-    (dict(attention_bias=True), "attention_bias = True with mlp_bias = False is not supported"),
+    (dict(attention_bias=True), "model.layers.0.self_attn.q_proj.bias is missing; the settings tell of a model that"),
+    (dict(rope_parameters={"full_attention": {"rope_type": "linear"}}), "only one JSON object of plain values"),
+    (dict(model_type=["llama"]), "model_type ['llama'] is not one that can be read"),
+    (dict(layer_types=5, model_type="mistral", sliding_window=4),
+     "config.json: a setting has a value of a wrong type"),
     (dict(rope_parameters={"rope_type": "yarn"}), "rope type 'yarn' is not supported, only default, linear and llama3"),
     (dict(rope_parameters={"rope_type": "linear"}), "config.json: factor is missing"),
-    (dict(rope_parameters=..., rope_scaling="linear"), "rope_scaling = 'linear' is no JSON object"),
+    (dict(rope_parameters=..., rope_scaling="linear"), "rope_scaling = 'linear' is not supported, only"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor is not supported"),
     (dict(hidden_size="wide"), "width takes a whole number, not 'wide'"),
     (dict(num_attention_heads=5), "num_heads = 5 is not a multiple of num_kv_heads = 2"),
@@ -178,7 +182,7 @@ def test_rope_settings_of_transformers_4_and_5(rope, saved):
     (lambda tensors: tensors.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)}),
      "model.norm.weight has type I8, which is not read, only F32, F16, BF16"),
     (lambda tensors: tensors["model.norm.weight"].fill_(float("nan")),
-     "final_norm.weight holds a number that is not finite"),
+     "model.safetensors: model.norm.weight holds a number that is not finite"),
     (lambda tensors: tensors.update({"model.layers.2.extra": torch.ones(1)}), "model.layers.2.extra is no part of the"),
     (lambda tensors: tensors.update({"model.layers.1.self_attn.k_proj.weight": torch.ones(8, 24)}),
      "k_proj.weight is (8, 24), by its settings it must be (20, 24)"),
@@ -234,17 +238,19 @@ def test_pickles_run_no_code(tmp_path, refused, monkeypatch):
 def test_files_that_are_no_checkpoint_of_nanogpt(tmp_path, refused):
     file = tmp_path / "ckpt.pt"
     arguments = dict(n_layer=1, n_head=2, n_embd=8, block_size=4, bias=True, vocab_size=9)
-    for content, message in ((dict(a=1), "not a checkpoint of nanoGPT; it has no tensors named model"),
-                             ([1], "not a checkpoint of nanoGPT"), (dict(model=dict(a=1)), "no tensors named model"),
+    for content, message in ((dict(a=1), "not a checkpoint of nanoGPT, which has model_args"),
+                             ([1], "not a checkpoint of nanoGPT"), (dict(model=dict(a=1)), "checkpoint of nanoGPT"),
+                             (dict(model={5: torch.ones(1)}, model_args=arguments), "checkpoint of nanoGPT"),
+                             (dict(model={"x": torch.ones(2, 2).to_sparse()}, model_args=arguments), "of nanoGPT"),
                              (dict(model={}), "ckpt.pt: "), (dict(model={}, model_args={}), "vocab_size is missing"),
                              (dict(model={}, model_args=arguments), "wte.weight is missing")):
         torch.save(content, file)
         assert message in refused(file)
     torch.save({"model": {"x": torch.ones(1000)}}, file)
     file.write_bytes(file.read_bytes()[:-500])
-    assert "ckpt.pt: not a file of torch.save, or cut off" in refused(file)
+    assert "ckpt.pt: not a file of torch.save, of its old format, or cut off" in refused(file)
     file.write_bytes(b"")
-    assert "ckpt.pt: not a file of torch.save, or cut off" in refused(tmp_path)
+    assert "ckpt.pt: not a file of torch.save, of its old format, or cut off" in refused(tmp_path)
 
 
 def test_a_run_is_exported_with_its_tokenizer_and_a_card(tmp_path, text_file, capsys):

@@ -286,4 +286,4 @@ def test_vocabularies_of_unknown_kinds(tmp_path):
 def test_tokens_added_to_sentencepiece(tmp_path):
     saved(tmp_path, sentencepiece_model(), "tokenizer.model")
     (tmp_path / "added_tokens.json").write_text('{"<pad>": 420}', "utf-8")
-    assert "added_tokens.json adds tokens to it" in fault(hf_tokenizer.read, tmp_path, CONFIG)
+    assert "tokenizer.model: '<pad>' is added to it by another file" in fault(hf_tokenizer.read, tmp_path, CONFIG)

@@ -210,7 +210,7 @@ def test_items_that_cannot_be_read(keys, line, tmp_path):
     with pytest.raises(ValueError, match=r"items\.jsonl:3: must be a JSON object with prompt \(str\)"):
         scores.read_items(path, keys)
     path.write_text(f"{json.dumps(good)}\n\n", "utf-8")
-    assert scores.read_items(path, keys) == [good]
+    assert scores.read_items(path, keys) == [good | {"place": f"{path}:1"}]
     path.write_text("\n", "utf-8")
     with pytest.raises(ValueError, match="holds no item"):
         scores.read_items(path, keys)
