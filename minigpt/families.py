@@ -216,8 +216,7 @@ def _rope_settings(given):
             raise Unsupported(f"{key} = {value!r} is not supported, only one JSON object of plain values")
     rope = given.get("rope_scaling") or given.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = given.get("rope_theta") or (given.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    base = rope.get("rope_theta", theta)
+    base = rope.get("rope_theta", given.get("rope_theta", 10000.0))
     if given.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
         raise Unsupported("partial_rotary_factor is not supported")
     if kind == "default":

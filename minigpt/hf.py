@@ -69,7 +69,7 @@ class Weights:
         for name in {*files, *files.values()}:
             if any("\ud800" <= character <= "\udfff" for character in name):
                 raise ValueError(f"{index}: {name!r} is no name, as it has a lone surrogate")
-        outside = sorted(file for file in set(files.values()) if Path(file).name != file or file == "..")
+        outside = sorted(file for file in set(files.values()) if Path(file).name != file or file in ("", ".."))
         if outside:
             raise ValueError(f"{index}: {outside[0]!r} lies outside the directory, or is no name of a file")
         names = {}

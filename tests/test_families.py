@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from compare import assert_close, rms
 from safetensors.torch import load_file
+from test_hf import changed
 from twins import LLAMA3, bert_twins, gpt2_twins, llama_twins, random_model
 
 import minigpt
@@ -28,6 +29,11 @@ TWINS = {
     "mistral, no window": lambda: llama_twins("Mistral", sliding_window=None),
     "qwen2": lambda: llama_twins("Qwen2"),
     "qwen3": lambda: llama_twins("Qwen3"),
+    "llama, biases of attention": lambda: llama_twins("Llama", attention_bias=True),
+    "llama, biases": lambda: llama_twins("Llama", attention_bias=True, mlp_bias=True),
+    "qwen3, biases of attention": lambda: llama_twins("Qwen3", attention_bias=True),
+    "qwen2, window": lambda: llama_twins("Qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0),
+    "qwen3, window": lambda: llama_twins("Qwen3", use_sliding_window=True, sliding_window=5, max_window_layers=0),
     "bert": bert_twins,
 }
 every_twin = pytest.mark.parametrize("name", TWINS)
@@ -90,12 +96,14 @@ def test_what_is_exported_transformers_loads_and_importing_it_again_changes_no_b
     original, copy = (load_file(path / hf.WEIGHTS) for path in (folder, written))
     assert original.keys() == copy.keys() and all(torch.equal(original[key], copy[key]) for key in copy)
     assert read(written).config == first.config
-    weights = [tmp_path / f"{path}.imported" / "model.safetensors" for path in ("theirs", "written")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    for file in ("model.safetensors", "config.json"):
+        one, other = (tmp_path / f"{path}.imported" / file for path in ("theirs", "written"))
+        assert one.read_bytes() == other.read_bytes()
 
 
-def test_greedy_text_is_that_of_transformers(saved):
-    folder, theirs = saved("qwen3")
+@pytest.mark.parametrize("name", [name for name in TWINS if name not in CLASSES])
+def test_greedy_text_is_that_of_transformers(name, saved):
+    folder, theirs = saved(name)
     prompt = TOKENS[0, :4]
     expected = theirs.generate(prompt[None], max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     engine = Engine(read(folder), Tokenizer.train((), kind="bytes"))
@@ -105,6 +113,49 @@ def test_greedy_text_is_that_of_transformers(saved):
     while engine.step():
         pass
     assert request.drawn == expected[0, 4:].tolist()
+
+
+SETTINGS = {
+    "a base beside rope_parameters": ("llama", dict(
+        rope_parameters={"rope_type": "linear", "factor": 2.0}, rope_theta=555.0)),
+    "rope_scaling wins": ("llama, plain rope", dict(rope_scaling={"rope_type": "linear", "factor": 4.0})),
+    "llama3 without its first context": ("llama", dict(rope_parameters={
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 5.0})),
+    "llama has no window": ("llama", dict(sliding_window=5, use_sliding_window=True)),
+    "mistral has no switch": ("mistral", dict(use_sliding_window=False)),
+    "windows from layer 28 on": ("qwen2", dict(use_sliding_window=True, sliding_window=5, layer_types=...,
+                                               max_window_layers=...)),
+    "windows from the last layer on": ("qwen2", dict(use_sliding_window=True, sliding_window=5, layer_types=...,
+                                                     max_window_layers=2)),
+    "windows everywhere": ("qwen2", dict(use_sliding_window=True, sliding_window=5, layer_types=...,
+                                         max_window_layers=0)),
+    "windows switched off": ("qwen3", dict(use_sliding_window=False, sliding_window=5)),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_are_read_as_transformers_reads_them(case, saved):
+    """Regression: each of these gave other logits, without a word."""
+    from transformers import AutoModelForCausalLM
+
+    name, keys = SETTINGS[case]
+    folder, _ = saved(name)
+    changed(folder, **keys)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    assert_close(read(folder)(TOKENS), theirs(TOKENS).logits.detach(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_head_that_is_not_what_it_is_tied_to(name, saved):
+    """Regression: transformers keeps both where they differ; the head was dropped."""
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = saved(name)
+    changed(folder, tie_word_embeddings=True)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    ours = read(folder)
+    assert not ours.config.tied_embeddings
+    assert_close(ours(TOKENS), theirs(TOKENS).logits.detach(), 1e-5)
 
 
 def test_token_types_are_those_of_transformers(saved):
@@ -133,7 +184,15 @@ def test_a_checkpoint_of_nanogpt(bias, compiled, tmp_path):
                                    dropout=0.1)}, tmp_path / "ckpt.pt")
     hf.import_model(tmp_path, tmp_path / "out", warn=lambda line: None)
     ours = minigpt.load(tmp_path / "out").model
-    assert_close(ours(TOKENS), theirs(TOKENS).logits.detach(), 1e-5)
+    expected = theirs(TOKENS).logits
+    assert_close(ours(TOKENS), expected.detach(), 1e-5)
+    for logits in (ours(TOKENS), expected):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    assert_close(ours.embedding.weight.grad, theirs.transformer.wte.weight.grad, 1e-4)
+    if bias:
+        hf.export_model(tmp_path / "out", tmp_path / "back", warn=lambda line: None)
+        again = type(theirs).from_pretrained(tmp_path / "back")
+        assert torch.equal(again(TOKENS).logits, expected)
     assert any(name.endswith("bias") for name, _ in ours.named_parameters()) == bias
 
 
@@ -147,6 +206,15 @@ def test_a_checkpoint_of_nanogpt(bias, compiled, tmp_path):
 def test_models_that_no_family_has(settings, named):
     with pytest.raises(Unsupported, match=named):
         family_for(ModelConfig(vocab_size=10, width=24, num_heads=2, **settings), "causal")
+
+
+@pytest.mark.parametrize("settings", [dict(width=100, num_heads=3, head_size=32), dict(width=24, num_heads=5,
+                                                                                        head_size=8)])
+def test_rules_of_other_families_do_not_matter(settings):
+    """Regression: GPT-2's rule for the width refused a Qwen 3."""
+    assert family_for(ModelConfig(vocab_size=10, mlp="swiglu", **settings), "causal")[0] == "qwen3"
+    with pytest.raises(Unsupported, match="none of the families that can be written has such a model"):
+        family_for(ModelConfig(vocab_size=10, position="learned", width=100, num_heads=3, head_size=31), "causal")
 
 
 def test_a_family_is_trained_for_one_objective():

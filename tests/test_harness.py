@@ -95,5 +95,8 @@ def test_a_continuation_ends_before_what_stops_it(run):
     whole = generate()
     stop = whole[9:11]
     assert generate(until=[stop, "zz"]) == generate(until=stop) == whole[:whole.index(stop)] != whole
+    begun = model.generate_until([SimpleNamespace(args=("", dict(max_gen_toks=9)))])[0]
+    assert begun == minigpt.load(run).generate(None, minigpt.SamplingParams(max_new_tokens=9, temperature=0.0))
+    assert generate(do_sample=True) == generate(do_sample=True, temperature=1.0) != whole
     drawn = generate(do_sample=True, temperature=1.5)
     assert drawn != whole and drawn == generate(do_sample=True, temperature=1.5)

@@ -3,16 +3,20 @@
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_cli import fails
+from test_cli import ROOT, fails
 from tiny import tiny_config
 from twins import LINEAR, LLAMA3, bert_twins, gpt2_twins, llama_twins
 
 import minigpt
 from minigpt import cli, hf, training
+from minigpt.model import RotaryPositions
 from minigpt.verify import verify
 
 DEFAULT_ROPE = ({"rope_type": "default", "rope_theta": 500.0}, dict(rope_base=500.0))
@@ -69,6 +73,67 @@ def test_what_import_writes_is_a_checkpoint(saved, tmp_path, capsys):
     assert run.tokenizer is None and run.config.objective.name == "causal"
     assert "has no tokenizer; import it again with --tokenizer DIR" in fails(capsys, cli.sample, str(out), "--prompt=a")
     assert "exists already; name another" in fails(capsys, cli.import_, str(folder), str(out))
+
+
+def test_nothing_but_the_output_is_touched(saved, tmp_path, capsys):
+    """Regression: the directory .out beside out was removed, whosever it was."""
+    folder = saved()
+    (tmp_path / ".out").mkdir()
+    (tmp_path / ".out" / "mine").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    capsys.readouterr()
+    for out in (".out", "link", "theirs", "theirs/config.json"):
+        assert f"{out} exists already; name another" in fails(capsys, cli.import_, str(folder), str(tmp_path / out))
+    cli.import_([str(folder), str(tmp_path / "out")])
+    cli.export([str(tmp_path / "out"), str(tmp_path / "back")])
+    change_tensors(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
+    capsys.readouterr()
+    fails(capsys, cli.import_, str(folder), str(tmp_path / "a" / "b" / "c"))
+    assert {path.name for path in tmp_path.iterdir()} == {".out", "link", "theirs", "out", "back"}
+    assert (tmp_path / ".out" / "mine").exists() and os.path.lexists(tmp_path / "link")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(number, saved, tmp_path):
+    folder = saved()
+    before = sorted(tmp_path.iterdir())
+    code = ("import os, signal, sys; from minigpt import cli, hf\n"
+            f"hf.write_tensors = lambda *_: os.kill(os.getpid(), {int(number)})\n"
+            "cli.import_(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "out")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 128 + number and "Traceback" not in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_one_file_goes_before_an_index(saved, tmp_path):
+    """As in transformers; an old index may have been left beside it."""
+    folder = saved()
+    (folder / hf.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}}), "utf-8")
+    cli.import_([str(folder), str(tmp_path / "out")])
+
+
+def test_a_long_context_costs_neither_time_nor_memory(saved, tmp_path, monkeypatch):
+    """Regression: the model's tables of angles were made anew for every tensor."""
+    changed(folder := saved(), max_position_embeddings=1 << 20)
+    made = []
+    monkeypatch.setattr(RotaryPositions, "angles", staticmethod(made.append))
+    cli.import_([str(folder), str(tmp_path / "out")])
+    cli.export([str(tmp_path / "out"), str(tmp_path / "back")])
+    assert not made
+
+
+def test_bert_without_token_types(saved, tmp_path):
+    changed(folder := saved("bert"), type_vocab_size=0)
+    change_tensors(folder, lambda tensors: tensors.pop("bert.embeddings.token_type_embeddings.weight"))
+    cli.import_([str(folder), str(tmp_path / "out")])
+    assert minigpt.load(tmp_path / "out").model.token_types is None
+
+
+def test_an_untied_bert_is_refused(saved, refused):
+    folder = saved("bert")
+    change_tensors(folder, lambda tensors: tensors.update({"cls.predictions.decoder.bias": torch.ones(53)}))
+    assert "cls.predictions.decoder.bias is not the tensor that it is tied to" in refused(folder)
 
 
 def test_several_files_and_names_without_a_prefix(saved, tmp_path):
@@ -203,6 +268,11 @@ def test_files_that_cannot_be_read(saved, tmp_path, refused):
     shard.unlink()
     assert f"{shard}: missing, and named by {hf.INDEX}" in refused(folder)
     shard.write_bytes(content)
+    os.mkfifo(folder / "pipe")
+    for name, message in (("pipe", "pipe: not a file"), ("", "'' lies outside the directory, or is no name of a file"),
+                          ("\ud800", "has a lone surrogate")):
+        (folder / hf.INDEX).write_text(json.dumps({"weight_map": {"transformer.wte.weight": name}}), "utf-8")
+        assert message in refused(folder)
     for outside in ("../x.safetensors", "/etc/x.safetensors", "..", "a/../x.safetensors"):
         (folder / hf.INDEX).write_text(json.dumps({"weight_map": {"transformer.wte.weight": outside}}), "utf-8")
         assert f"{outside!r} lies outside the directory" in refused(folder)
@@ -274,6 +344,28 @@ def test_a_run_is_exported_with_its_tokenizer_and_a_card(tmp_path, text_file, ca
     assert "exists already" in fails(capsys, cli.export, str(tmp_path / "run"), str(out))
     assert "no run or checkpoint" in fails(capsys, cli.export, str(tmp_path / "none"), str(tmp_path / "new"))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_tokenizer_of_a_qwen2_of_ours(tmp_path, text_file, capsys):
+    """transformers splits the texts of such a model in Qwen's way, whatever its tokenizer.json says: export warns."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    training.train(tiny_config(tmp_path, text_file, "--train.max_steps=1", "--model.mlp=swiglu",
+                               "--model.qk_norm=false", "--model.qkv_bias=true"))
+    capsys.readouterr()
+    cli.export([str(tmp_path / "run"), str(tmp_path / "out")])
+    assert "load it with PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().err
+    text = "the King  of night"
+    ids = minigpt.load(tmp_path / "run").encode_prompt(text)
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "out").encode(text) == ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode(text) != ids, "then the warning can go"
+
+
+def test_what_is_no_run(saved, capsys):
+    folder = saved()
+    capsys.readouterr()
+    assert "in Hugging Face's form and no run; `minigpt import`" in fails(capsys, cli.verify, str(folder))
+    assert "`minigpt import` makes one" in fails(capsys, cli.sample, str(folder))
 
 
 def test_what_no_family_has_is_not_exported(tmp_path, text_file, capsys):

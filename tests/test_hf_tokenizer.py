@@ -267,7 +267,9 @@ def test_no_tokenizer(tmp_path):
     ("tokenizer.model", sentencepiece_model(normalization_rule_name="nmt_nfkc"), "changes the text (its normalizer)"),
     ("tokenizer.model", sentencepiece_model(model_type="unigram", vocab_size=400), "no byte-pair encoding"),
     ("vocab.json", b'{"a": 0}', "merges.txt is missing beside it"),
-    ("vocab.txt", b"a\nb\n", "[PAD]"),
+    ("tokenizer.model", sentencepiece_model(user_defined_symbols=["<sep>"]), "symbols that its user defined"),
+    ("vocab.txt", b"a\nb\n", "vocab.txt: the token [PAD] is missing"),
+    ("tokenizer.json", byte_level().to_str().replace('"!":1,', '"!":1000000000,').encode(), "has the id 1000000000"),
 ])
 def test_what_cannot_be_read(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -283,7 +285,89 @@ def test_vocabularies_of_unknown_kinds(tmp_path):
     assert "tokenizer_config.json: not a JSON object" in fault(hf_tokenizer.read, tmp_path, CONFIG)
 
 
-def test_tokens_added_to_sentencepiece(tmp_path):
-    saved(tmp_path, sentencepiece_model(), "tokenizer.model")
-    (tmp_path / "added_tokens.json").write_text('{"<pad>": 420}', "utf-8")
+@pytest.mark.parametrize("vocabulary", ["vocab.json", "vocab.txt"])
+@pytest.mark.parametrize("told", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_are_added_to_a_vocabulary(vocabulary, told, tmp_path):
+    """Regression: they were dropped, and with them the padding."""
+    theirs = byte_level() if vocabulary == "vocab.json" else word_piece()
+    theirs.model.save(str(tmp_path))
+    size = theirs.get_vocab_size()
+    said = {"pad_token": "<|pad|>", "unk_token": "[UNK]" if vocabulary == "vocab.txt" else None}
+    if told == "added_tokens.json":
+        (tmp_path / told).write_text(json.dumps({"<tool>": size, "<|pad|>": size + 1}), "utf-8")
+    else:
+        said["added_tokens_decoder"] = {str(size): {"content": "<tool>", "special": False},
+                                        str(size + 1): {"content": "<|pad|>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said), "utf-8")
+    tokenizer = hf_tokenizer.read(tmp_path, CONFIG)
+    theirs.add_tokens(["<tool>"])
+    theirs.add_special_tokens(["<|pad|>"])
+    assert tokenizer.encode("a <tool> b") == theirs.encode("a <tool> b", add_special_tokens=False).ids
+    assert size in tokenizer.encode("a <tool> b") and tokenizer.roles.padding == size + 1
+    assert tokenizer.vocab_size == size + 2 and size + 1 not in tokenizer.encode("<|pad|>")
+
+
+def test_padding_that_is_another_token_is_not_written(kinds):
+    """Regression: transformers learns nothing of its padding token, which was the end token of such a model."""
+    assert hf_tokenizer.ids_of(kinds["llama 2"][0])["pad_token_id"] is None
+    tokenizer = kinds["word piece"][0]
+    assert hf_tokenizer.ids_of(tokenizer)["pad_token_id"] == tokenizer.special_tokens["[PAD]"]
+
+
+def test_ids_of_a_sentencepiece_model_are_its_own(tmp_path):
+    saved(tmp_path, sentencepiece_model(unk_id=3, bos_id=0, eos_id=1, pad_id=2), "tokenizer.model")
+    assert hf_tokenizer.read(tmp_path, CONFIG).roles == Roles(0, (1,), 2, None, (0,))
+
+
+def test_an_end_of_word_suffix_is_a_space(tmp_path):
+    """Regression: it was shown as </w>."""
+    theirs = tokenizers.CharBPETokenizer()
+    theirs.train_from_iterator(TEXTS, vocab_size=300, show_progress=False, special_tokens=["<unk>", "<s>"])
+    saved(tmp_path, theirs._tokenizer, bos_token="<s>")
+    tokenizer = hf_tokenizer.read(tmp_path, CONFIG)
+    ids = tokenizer.encode("the king shall")
+    assert tokenizer.decode(ids) == "the king shall" and tokenizer.decode_bytes(ids) == b"the king shall "
+
+
+def test_a_tokenizer_without_common_letters(tmp_path):
+    theirs = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "天": 1, "<s>": 2}, unk_token="[UNK]"))
+    theirs.add_special_tokens(["<s>"])
+    theirs.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    assert hf_tokenizer.read(saved(tmp_path, theirs, bos_token="<s>"), CONFIG).roles.prompt_start == (2,)
+
+
+def test_a_text_that_the_library_cannot_encode(tmp_path):
+    """Regression: it raises Exception itself, which ended in a traceback."""
+    theirs = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<s>": 1}, unk_token="[UNK]"))
+    theirs.add_special_tokens(["<s>"])
+    tokenizer = hf_tokenizer.read(saved(tmp_path, theirs, bos_token="<s>"), CONFIG)
+    assert tokenizer.encode("a") == [0]
+    assert "the tokenizer cannot encode the text" in fault(tokenizer.encode, "b")
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("chat_template.jinja", b"\xff", "chat_template.jinja: byte 0 is not UTF-8"),
+    ("merges.txt", b"a\xff", "merges.txt: byte 1 is not UTF-8"),
+    ("merges.txt", b"#version\nq z\n", "'q z' in merges.txt is no merge of two of its tokens to a third"),
+    ("tokenizer_config.json", b'{"eos_token": 5}', "tokenizer_config.json: eos_token = 5 is no token's text"),
+    ("tokenizer_config.json", b"[]", "tokenizer_config.json: not a JSON object"),
+])
+def test_files_beside_a_vocabulary_that_cannot_be_read(file, content, message, tmp_path):
+    byte_level().model.save(str(tmp_path))
+    (tmp_path / file).write_bytes(content)
+    assert message in fault(hf_tokenizer.read, tmp_path, CONFIG)
+
+
+def test_no_class_is_no_fault(tmp_path):
+    byte_level().model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": null}', "utf-8")
+    assert hf_tokenizer.read(tmp_path, CONFIG).vocab_size == 500
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_tokens_added_to_sentencepiece(said, tmp_path):
+    saved(tmp_path, sentencepiece_model(), "tokenizer.model",
+          **{"added_tokens_decoder": {"420": {"content": "<pad>"}}} if said else {})
+    if not said:
+        (tmp_path / "added_tokens.json").write_text('{"<pad>": 420}', "utf-8")
     assert "tokenizer.model: '<pad>' is added to it by another file" in fault(hf_tokenizer.read, tmp_path, CONFIG)

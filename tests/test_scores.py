@@ -1,11 +1,13 @@
 """`minigpt eval`: every number against its definition, against another library, or against a known value."""
 
 import dataclasses
+import io
 import json
 import math
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from test_cli import fails
 from tiny import make_text, tiny_config
@@ -19,7 +21,7 @@ from minigpt.evaluate import evaluate
 from minigpt.objectives import make_objective
 from minigpt.scores import CHOICES, GENERATION
 from minigpt.shards import Split
-from minigpt.tokenizer import Tokenizer
+from minigpt.tokenizer import Roles, Tokenizer
 
 BYTES = Tokenizer.train((), kind="bytes")
 
@@ -214,6 +216,41 @@ def test_items_that_cannot_be_read(keys, line, tmp_path):
     path.write_text("\n", "utf-8")
     with pytest.raises(ValueError, match="holds no item"):
         scores.read_items(path, keys)
+
+
+def test_a_text_that_the_tokenizer_has_no_tokens_for(tmp_path):
+    """Regression: bits per byte left out what was unknown, and looked excellent."""
+    (tmp_path / "a.txt").write_text("天地 a", "utf-8")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_text(50).splitlines()), model_writer=model, model_type="bpe", vocab_size=100,
+        minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    tokenizer = Tokenizer("sentencepiece", model.getvalue(), Roles(1, (2,), 2, None, (1,)))
+    run = opened()
+    run = Run(run.model, tokenizer, run.config, "m")
+    with pytest.raises(ValueError, match=r"a\.txt: the tokenizer has no token for some of it"):
+        scores.score_texts(run, [str(tmp_path / "a.txt")])
+
+
+def test_a_loss_beyond_all_bounds(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("text", "utf-8")
+    run = opened(tied_embeddings=False)
+    with torch.no_grad():
+        run.model.head.weight.mul_(1e5)
+    [row] = scores.score_texts(run, [str(tmp_path / "a.txt")], stride=1)
+    assert row["perplexity"] is None and row["bits_per_byte"] > 1000
+    cli._table([row])
+    assert capsys.readouterr().out.split()[-1] == "-"
+
+
+def test_items_that_cannot_be_scored(tmp_path):
+    run = opened()
+    for item, message in ((dict(prompt="a", choices=["b" * 17], answer=0), "x.jsonl:3: a text of 17 tokens does not"),
+                          (dict(prompt="a", choices=["b", ""], answer=0), "x.jsonl:3: '' is empty")):
+        with pytest.raises(ValueError, match=message):
+            scores.score_choices(run, [item | {"place": "x.jsonl:3"}])
+    with pytest.raises(ValueError, match="x.jsonl:3: the prompt is empty"):
+        scores.score_generation(run, [dict(prompt="", references=["a"], place="x.jsonl:3")])
 
 
 def test_models_that_cannot_be_measured(tmp_path):
