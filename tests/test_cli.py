@@ -65,6 +65,7 @@ def test_sample_output(run, capsys):
     assert plain == f"The king{samples[0]['text']}\n"
     assert output("--temperature=0") == output("--temperature=0", "--seed=4")
     assert output("--seed=4") != plain
+    assert plain == output("--invariant") == output("--past-context=slide")     # within the context
     cli.sample([str(run), "--max-new-tokens=5"])
     assert capsys.readouterr().out
 
