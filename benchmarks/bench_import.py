@@ -53,8 +53,8 @@ def write_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> dict:
     for part in sorted({name.rpartition("layers.")[2].partition(".")[0] for name in tensors}):
         group = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in tensors.items()
                  if name.rpartition("layers.")[2].partition(".")[0] == part}
-        save_file(group, folder / f"{part}.safetensors")
-        files |= dict.fromkeys(group, f"{part}.safetensors")
+        save_file(group, folder / f"part-{part}.safetensors")
+        files |= dict.fromkeys(group, f"part-{part}.safetensors")
         sizes += [4 * tensor.numel() for tensor in group.values()]
     (folder / hf.INDEX).write_text(json.dumps({"weight_map": files}), "utf-8")
     return {"float32_bytes": sum(sizes), "largest_tensor_bytes": max(sizes)}
