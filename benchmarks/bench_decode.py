@@ -29,7 +29,7 @@ from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
 SHAPES = {"gpt2": dict(depth=12, width=768, num_heads=12), "toy": dict(depth=1, width=64, num_heads=1, vocab_size=256)}
-PATHS = ("engine", "engine_invariant", "transformers", "nanogpt")
+PATHS = ("engine", "engine_invariant", "engine_lookup", "transformers", "nanogpt")
 
 
 class EveryToken:
@@ -40,8 +40,8 @@ class EveryToken:
         self.roles = Tokenizer("bytes").roles.__class__(end_tokens=())
 
 
-def engine_path(model, slots, invariant):
-    engine = Engine(model, EveryToken(model.config.vocab_size), slots=slots, invariant=invariant)
+def engine_path(model, slots, **options):
+    engine = Engine(model, EveryToken(model.config.vocab_size), slots=slots, **options)
 
     def draw(prompts, count):
         params = SamplingParams(temperature=0.0, max_new_tokens=count)
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", default="gpt2", choices=SHAPES)
-    parser.add_argument("--paths", nargs="+", default=PATHS[:3], choices=PATHS[:3])
+    parser.add_argument("--paths", nargs="+", default=PATHS[:4], choices=PATHS[:4])
     parser.add_argument("--peer", help="nanogpt=FOLDER, which holds nanoGPT's model.py")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args(argv)
@@ -127,8 +127,9 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)
         model = GPT(ModelConfig(**GPT2 | SHAPES[arguments.shape])).eval().to(getattr(torch, dtype))
         for batch in arguments.batches:
-            made = {"engine": partial(engine_path, model, batch, False), "transformers": partial(
-                transformers_path, model), "engine_invariant": partial(engine_path, model, 16, True)}
+            made = {"engine": partial(engine_path, model, batch), "transformers": partial(transformers_path, model),
+                    "engine_invariant": partial(engine_path, model, 16, invariant=True),
+                    "engine_lookup": partial(engine_path, model, batch, lookup=8)}
             paths = {name: made[name]() for name in arguments.paths}
             if folder:
                 paths["nanogpt"] = nanogpt_path(model, folder)

@@ -82,6 +82,8 @@ def sample(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a sample: prompt and text")
     parser.add_argument("--past-context", default="reread", choices=("reread", "slide"),
                         help="when the context is full: read its second half again (default), or keep that as it is")
+    parser.add_argument("--lookup", type=int, default=0, metavar="N",
+                        help="guess N tokens at a time from what was said before: faster on repetitive text")
     parser.add_argument("--invariant", action="store_true", help="the same text whatever else is decoded beside it")
     parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
     docs = field_docs(SamplingParams)
@@ -101,7 +103,8 @@ def _sample(arguments):
                                for field in dataclasses.fields(SamplingParams)})
     from minigpt.engine import load
 
-    run = load(arguments.path, arguments.device, past_context=arguments.past_context, invariant=arguments.invariant)
+    run = load(arguments.path, arguments.device, past_context=arguments.past_context, invariant=arguments.invariant,
+               lookup=arguments.lookup)
     prompt = arguments.prompt
     if arguments.stream:
         pieces = run.stream(prompt, params)

@@ -57,8 +57,12 @@ def process(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams) 
 
 
 def sample(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams,
-           generators: list[torch.Generator]) -> torch.Tensor:
-    """The next token of each row, (B,) int64; row i draws from generators[i]. Raises ValueError for NaN or inf."""
+           generators: list[torch.Generator], guess: int | None = None) -> torch.Tensor:
+    """The next token of each row, (B,) int64; row i draws from generators[i]. Raises ValueError for NaN or inf.
+
+    With a `guess`, of a single row, that token is taken with its probability, else one of the others with theirs, so
+    that the distribution is the same (speculative sampling, arXiv 2211.17192, of a draft that is sure of itself).
+    """
     if not (logits < torch.inf).all():
         raise ValueError("the model's output is not finite, so its weights have diverged or are damaged; sample from "
                          "an earlier checkpoint, or train anew with a lower optim.learning_rate")
@@ -66,5 +70,9 @@ def sample(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams,
     if params.temperature < GREEDY_BELOW:
         return logits.argmax(-1)
     probabilities = logits.softmax(-1)
+    if guess is not None:
+        if torch.rand((), generator=generators[0], device=logits.device) < probabilities[0, guess]:
+            return torch.tensor([guess], device=logits.device)
+        probabilities[0, guess] = 0
     return torch.cat([torch.multinomial(row, 1, generator=generator)
                       for row, generator in zip(probabilities, generators)])

@@ -13,8 +13,8 @@ def test_every_path_draws_the_same_tokens(capsys, tmp_path):
                        "--repeats", "1", "--new-tokens", "12", "--json", str(file)])
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
-    assert json.loads(file.read_text("utf-8")) == result and len(result["rows"]) == len(table) - 1 == 12
-    assert {row["path"] for row in result["rows"]} == set(bench_decode.PATHS[:3])
+    assert json.loads(file.read_text("utf-8")) == result and len(result["rows"]) == len(table) - 1 == 16
+    assert {row["path"] for row in result["rows"]} == set(bench_decode.PATHS[:4])
     assert all(row["same_tokens"] == 1 and row["tokens_per_second"] > 0 for row in result["rows"])
     assert all(row["ratio"] == 1 for row in result["rows"] if row["path"] == "transformers")
 

@@ -466,3 +466,57 @@ def test_a_shorter_slot_goes_past_its_end_as_the_context_does():
     shorter = model_of(context_length=8)                # the same weights: positions have none
     prompt = prompts(1, 30, seed=2)[0]
     assert ids(model, prompt, GREEDY, length=8) == ids(shorter, prompt, GREEDY)
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+@pytest.mark.parametrize("prompt", [[START, 70, 80], [START, *[60, 61, 62, 63] * 5], [START, 70, 71, 70, 71]], ids=len)
+def test_guesses_change_no_greedy_text(settings, prompt):
+    """Nor do they past the context, where the draft must not outgrow the slot."""
+    model = model_of(**settings)
+    params = SamplingParams(temperature=0.0, max_new_tokens=40)
+    assert ids(model, prompt, params, lookup=4) == ids(model, prompt, params)
+
+
+def test_guesses_save_passes_where_a_text_repeats_itself(monkeypatch):
+    passes = []
+    hidden = WIDE.hidden
+    monkeypatch.setattr(WIDE, "hidden", lambda tokens, **rest: (passes.append(1), hidden(tokens, **rest))[1])
+    prompt, params = [START, *[60, 61, 62] * 8], SamplingParams(temperature=0.0, max_new_tokens=60)
+    counts = []
+    for lookup in (0, 6):
+        passes.clear()
+        made = ids(WIDE, prompt, params, ends=False, lookup=lookup)
+        counts.append(len(passes))
+    assert len(made) == 60 == counts[0] and counts[1] < 55
+
+
+@pytest.mark.parametrize("guess", range(4))
+def test_a_guess_leaves_the_distribution_as_it_is(guess):
+    logits = torch.tensor([[1.0, 0.2, -0.5, -torch.inf]])
+    params, generator = SamplingParams(temperature=1.0, top_p=1.0), torch.Generator().manual_seed(0)
+    drawn = torch.cat([sampling.sample(logits, None, params, [generator], guess) for _ in range(8000)])
+    expected = logits.softmax(-1)[0]
+    error = (drawn.bincount(minlength=4) / 8000 - expected).abs()
+    assert (error <= 4 * (expected * (1 - expected) / 8000).sqrt()).all()
+
+
+def test_texts_with_guesses_are_drawn_from_the_same_distribution():
+    """Of three tokens whose probabilities are the same after every text, so that each place can be counted."""
+    logits = {token("a"): 1.0, token("b"): 0.5, token("c"): -0.5}
+    engine = Engine(constant_model(logits), TOKENIZER, slots=1, lookup=3)
+    params, prompt = SamplingParams(temperature=1.0, top_p=1.0, top_k=3, max_new_tokens=3), TOKENIZER.encode("abab")
+    count = 1500
+    requests = [engine.submit([START, *prompt], params, row) for row in range(count)]
+    drawn = torch.tensor(finished(engine, *requests))                                   # (count, 3)
+    expected = torch.tensor(list(logits.values())).softmax(0)
+    for place in drawn.T:
+        found = torch.tensor([(place == one).sum() for one in logits]) / count
+        assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all()
+    both = ((drawn[:, 0] == token("a")) & (drawn[:, 1] == token("b"))).double().mean()  # which were guessed
+    assert abs(both - expected[0] * expected[1]) <= 4 * (expected[0] * expected[1] / count) ** 0.5
+
+
+@pytest.mark.parametrize("options", [dict(lookup=-1), dict(lookup=4, invariant=True)])
+def test_what_lookup_can_be(options):
+    with pytest.raises(ValueError, match="it takes 0 or more tokens"):
+        Engine(model_of(), TOKENIZER, **options)
