@@ -113,20 +113,26 @@ class Engine:
     def step(self) -> bool:
         """Draw one token for every request that has a slot, first giving slots to those that wait.
 
-        False where there is nothing left to do.
+        False where there is nothing left to do. A step that an exception or Ctrl-C breaks off is made up for by the
+        next: what a slot holds is noted when it is there, and a token counts as read when the next one is drawn.
         """
         self._free()
         going = []
         for request in self.active.values():
-            if len(request.tokens) - request.first > self.length and not self._slides(request):
+            request.stored = min(request.stored, len(request.tokens) - request.first - 1)
+            request.reusable = min(request.reusable, request.stored)
+            if len(request.tokens) - request.first > self.length:
+                self._make_room(request)
+            if len(request.tokens) - request.first - request.stored > 1 or not request.stored:
                 self._draw(request, self._read(request))
             else:
                 going.append(request)
         while self.queue and self.left:
-            request = self.queue.popleft()
-            if not request.is_done:
+            request = self.queue[0]
+            if not request.is_done and request.slot is None:
                 self._give_slot(request)
                 self._draw(request, self._read(request))
+            self.queue.popleft()
         if len(self.active) == 1 and going and self._guess(going[0]):
             going = []
         if going:
@@ -140,8 +146,8 @@ class Engine:
         """Take the slots of requests that are done."""
         for slot, request in list(self.active.items()):
             if request.is_done:
-                del self.active[slot]
                 self.left[slot] = request.held
+                del self.active[slot]
 
     def _give_slot(self, request):
         """The slot that holds the longest beginning of its tokens; where another request uses that, a copy of it."""
@@ -155,17 +161,17 @@ class Engine:
             (slot for slot, tokens in self.left.items() if not tokens), next(iter(self.left)))
         if count and slot != source:
             self.cache.copy(source, slot, count)
-        del self.left[slot]
         request.slot, request.stored, request.reusable = slot, count, count
         self.active[slot] = request
+        del self.left[slot]
 
-    def _slides(self, request):
-        """Make room in a full slot; False where what is kept must be read again."""
-        half, slides = self.length // 2, self.past_context == "slide" and self.length > 1
-        if slides:
+    def _make_room(self, request):
+        """Of a full slot keep the second half, or nothing, so that it is read again."""
+        half, full = self.length // 2, request.stored == self.length
+        request.first, request.stored, request.reusable = len(request.tokens) - half - 1, 0, 0
+        if self.past_context == "slide" and full:
             self.cache.slide(request.slot, self.length - half, self.length, self.model.positions.tables)
-        request.first, request.stored, request.reusable = len(request.tokens) - half - 1, half * slides, 0
-        return slides
+            request.stored = half
 
     def _read(self, request):
         """Read all tokens that its slot does not hold yet; gives the logits (1, V) after the last."""
@@ -186,10 +192,11 @@ class Engine:
         tokens, lengths = [[0]] * rows, [-1] * rows
         for request in requests:
             tokens[request.slot], lengths[request.slot] = request.tokens[-1:], request.stored
-            request.stored += 1
-            request.reusable += not self.invariant and request.reusable == request.stored - 1
         view = Decode(self.cache, torch.tensor(lengths, device=self.device))
         hidden = self.model.hidden(torch.tensor(tokens, device=self.device), cache=view)
+        for request in requests:
+            request.reusable += not self.invariant and request.reusable == request.stored
+            request.stored += 1
         return self.model.head(hidden[:, 0]).float()
 
     def _guess(self, request):

@@ -1,5 +1,6 @@
 """Text from a model: cached decoding equals a full forward, in any batch, streamed or not, past the context too."""
 
+import contextlib
 import itertools
 import random
 from pathlib import Path
@@ -520,3 +521,43 @@ def test_texts_with_guesses_are_drawn_from_the_same_distribution():
 def test_what_lookup_can_be(options):
     with pytest.raises(ValueError, match="it takes 0 or more tokens"):
         Engine(model_of(), TOKENIZER, **options)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(past_context="slide"), dict(invariant=True), dict(lookup=3)], ids=str)
+def test_a_step_that_is_broken_off_is_made_up_for(options, monkeypatch):
+    """Ctrl-C before or after calls that matter: the texts of all requests are those of an engine left in peace."""
+    model = model_of(context_length=12)
+    jobs = [(prompt, SamplingParams(temperature=0.0, max_new_tokens=14)) for prompt in
+            (*prompts(3, 9), [START, *[60, 61] * 3], [START, *[60, 61] * 3, 70])]
+    in_peace = Engine(model, TOKENIZER, slots=2, **options)
+    expected = finished(in_peace, *[in_peace.submit(*job) for job in jobs])
+    calls, stop_at = [0], [0]
+
+    def broken(owner, name):
+        whole = getattr(owner, name)
+
+        def part(*arguments, **rest):
+            calls[0] += 1
+            if calls[0] == stop_at[0]:
+                raise KeyboardInterrupt
+            result = whole(*arguments, **rest)
+            calls[0] += 1
+            if calls[0] == stop_at[0]:
+                raise KeyboardInterrupt
+            return result
+        monkeypatch.setattr(owner, name, part)
+
+    broken(model, "hidden")
+    for owner, name in ((sampling, "sample"), (KVCache, "copy"), (Engine, "_give_slot"), (Engine, "_free"),
+                        (Engine, "_make_room")):
+        broken(owner, name)
+    engine = Engine(model, TOKENIZER, slots=2, **options)
+    assert finished(engine, *[engine.submit(*job) for job in jobs]) == expected and calls[0] > 100
+    for stop_at[0] in random.Random(0).sample(range(1, calls[0] + 1), 12):
+        calls[0] = 0
+        engine = Engine(model, TOKENIZER, slots=2, **options)
+        requests = [engine.submit(*job) for job in jobs]
+        for _ in range(2):                              # the second time nothing is broken off
+            with contextlib.suppress(KeyboardInterrupt):
+                assert finished(engine, *requests) == expected, stop_at
+        assert calls[0] > stop_at[0] and len(engine.left) == 2 and not engine.active and not engine.queue
