@@ -68,8 +68,8 @@ class Request:
 class Engine:
     """Decodes requests in `slots` of a cache that is allocated once; what finds no slot waits in a queue.
 
-    `slots` (0: as many as fit a gigabyte, at most 16) and `length`, the tokens of each (0: the model's context), bound
-    the memory. `past_context`: what is done when a slot is full: "reread", its second half is read again as a new
+    `slots` (0: as many as fit a gigabyte, at most 16) and `length`, the tokens of each (0: the model's context, or what
+    fits a gigabyte), bound the memory. The model's weights must stay as they are. `past_context`: what is done when a slot is full: "reread", its second half is read again as a new
     beginning, or "slide", the first half is forgotten and the second kept as it was computed (not for learned
     positions). With `invariant` a request gives the same tokens, on a CPU in float32, whatever else is in the batch:
     all slots are decoded in every step, and prompts are read in chunks of one size. No token is read that a slot
@@ -89,7 +89,8 @@ class Engine:
             raise ValueError(f"lookup = {lookup} with invariant = {invariant}: it takes 0 or more tokens, and 0 where "
                              "a text must not depend on whether it is alone")
         self.model, self.invariant, self.past_context, self.lookup = model, invariant, past_context, lookup
-        self.length, self.device = min(length or context, context), weight.device
+        fits = CACHE_BYTES // KVCache.slot_bytes(model.config, 0, weight.dtype) - 1
+        self.length, self.device = min(length or max(1, fits), context), weight.device
         room = CACHE_BYTES // KVCache.slot_bytes(model.config, self.length, weight.dtype)
         self.slots = slots or max(1, min(MOST_SLOTS, room))
         places = -(-self.length // CHUNK) * CHUNK if invariant else self.length     # a chunk is written whole

@@ -453,8 +453,9 @@ def test_memory_is_bounded_before_anything_is_decoded():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(engine_module, "CACHE_BYTES", 2 * size)
         assert Engine(model, TOKENIZER).slots == 2
-        monkeypatch.setattr(engine_module, "CACHE_BYTES", 0)
-        assert Engine(model, TOKENIZER).slots == 1
+        monkeypatch.setattr(engine_module, "CACHE_BYTES", size // 5)
+        small = Engine(model, TOKENIZER)
+        assert (small.slots, small.length) == (1, 4) and finished(small, small.submit([START, *range(60, 70)], GREEDY))
 
 
 def test_an_empty_prompt_is_refused():

@@ -17,6 +17,7 @@ from twins import LINEAR, LLAMA3, bert_twins, gpt2_twins, llama_twins
 import minigpt
 from minigpt import cli, hf, training
 from minigpt.model import RotaryPositions
+from minigpt.tokenizer import Tokenizer
 from minigpt.verify import verify
 
 DEFAULT_ROPE = ({"rope_type": "default", "rope_theta": 500.0}, dict(rope_base=500.0))
@@ -290,6 +291,27 @@ def test_files_that_cannot_be_read(saved, tmp_path, refused):
     (folder / "config.json").unlink()
     assert "config.json: No such file" in refused(folder)
     assert "no directory or file" in refused(tmp_path / "nowhere")
+
+
+def test_a_tokenizer_from_elsewhere(saved, tmp_path, refused, capsys):
+    folder = saved("gpt2")
+    Tokenizer("bytes").save(tmp_path / "ours")
+    (theirs := tmp_path / "tokenizer").mkdir()
+    model = {"type": "WordLevel", "vocab": {"<s>": 0, "a": 1, "b": 2}, "unk_token": "<s>"}
+    special = dict(id=0, content="<s>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
+               "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None, "model": model}
+    (theirs / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    (theirs / "tokenizer_config.json").write_text('{"bos_token": "<s>"}', "utf-8")
+    assert f"{tmp_path / 'ours'}: no tokenizer.json or vocab.json" in refused(folder, "--tokenizer",
+                                                                               str(tmp_path / "ours"))
+    cli.import_([str(folder), str(tmp_path / "in"), "--tokenizer", str(theirs)])
+    assert capsys.readouterr().out.endswith("parameters, 3 tokens\n")
+    assert minigpt.load(tmp_path / "in").tokenizer.encode("b a") == [2, 1]
+    model["vocab"] |= {str(number): number for number in range(3, 54)}
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>"}', "utf-8")
+    assert "the tokenizer has 54 tokens and the model 53; they do not belong together" in refused(folder)
 
 
 class Code:
