@@ -68,14 +68,15 @@ class Request:
 class Engine:
     """Decodes requests in `slots` of a cache that is allocated once; what finds no slot waits in a queue.
 
-    `slots` (0: as many as fit a gigabyte, at most 16) and `length`, the tokens of each (0: the model's context, or what
-    fits a gigabyte), bound the memory. The model's weights must stay as they are. `past_context`: what is done when a slot is full: "reread", its second half is read again as a new
-    beginning, or "slide", the first half is forgotten and the second kept as it was computed (not for learned
-    positions). With `invariant` a request gives the same tokens, on a CPU in float32, whatever else is in the batch:
-    all slots are decoded in every step, and prompts are read in chunks of one size. No token is read that a slot
-    already holds for another request, or for the turn before in a conversation. With `lookup` a request that is alone
-    guesses up to so many tokens at a time, those that stood after its last three or two before, and reads them in one
-    pass; the distribution of its texts is the same. One thread at a time may use it.
+    `slots` (0: as many as fit a gigabyte, at most 16) and `length`, the tokens of each (0: the model's context, or
+    what fits a gigabyte), bound the memory. The model's weights must stay as they are. `past_context`: what is done
+    when a slot is full: "reread", its second half is read again as a new beginning, or "slide", the first half is
+    forgotten and the second kept as it was computed (not for learned positions). With `invariant` a request gives
+    the same tokens, on a CPU in float32, whatever else is in the batch: all slots are decoded in every step, and
+    prompts are read in chunks of one size. No token is read that a slot already holds for another request, or for
+    the turn before in a conversation. With `lookup` a request that is alone guesses up to so many tokens at a time,
+    those that stood after its last three or two before, and reads them in one pass; the distribution of its texts
+    is the same. One thread at a time may use it.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, slots: int = 0, length: int = 0, invariant: bool = False,
