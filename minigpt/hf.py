@@ -91,6 +91,14 @@ class Weights:
         with self._open(self._files[name]) as tensors:
             return tensors.get_tensor(name)
 
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The rows of a tensor, some at a time."""
+        rows, *row = self.shapes[name]
+        count = _rows_of_a_block(torch.Size(row).numel())
+        for start in range(0, rows, count):
+            with self._open(self._files[name]) as tensors:
+                yield tensors.get_slice(name)[start:start + count]
+
 
 class PickledWeights:
     """The tensors of nanoGPT's ckpt.pt. Its pickle may hold tensors and plain values alone, so that no code is run."""
@@ -121,6 +129,10 @@ class PickledWeights:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name]
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The rows of a tensor, some at a time."""
+        return iter(_blocks(self._tensors[name]))
 
 
 @dataclass(frozen=True)
@@ -185,18 +197,20 @@ class Found:
         bare = "" if any(name.startswith(self.family.prefix) for name in shapes) else self.family.prefix
         for copy, original in self.family.copies:
             copy, original = copy.removeprefix(bare), original.removeprefix(bare)
-            if copy in shapes and original in shapes and not _equal(*map(self.weights.tensor, (copy, original))):
+            both = copy, original
+            if shapes.keys() >= set(both) and not (shapes[copy] == shapes[original] and all(
+                    map(torch.equal, *map(self.weights.blocks, both)))):
                 return copy
         return None
 
 
 def _blocks(tensor):
     """A tensor as blocks of rows."""
-    return tensor.split(max(1, BLOCK_BYTES // (4 * max(1, tensor[:1].numel()))))
+    return tensor.split(_rows_of_a_block(tensor[:1].numel()))
 
 
-def _equal(one, other):
-    return one.shape == other.shape and all(map(torch.equal, _blocks(one), _blocks(other)))
+def _rows_of_a_block(row_size):
+    return max(1, BLOCK_BYTES // (4 * max(1, row_size)))
 
 
 def open_model(source: Path) -> Found:
