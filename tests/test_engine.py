@@ -261,8 +261,7 @@ def prompts(count, longest=30, seed=0):
     return [[START, *(chance.randrange(FIRST_BYTE, V) for _ in range(chance.randrange(longest)))] for _ in range(count)]
 
 
-@pytest.mark.parametrize("settings", VARIANTS, ids=str)
-@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("settings, slots", [*((settings, 2) for settings in VARIANTS), ({}, 1), ({}, 5)], ids=str)
 def test_a_batch_of_unequal_prompts_gives_the_tokens_of_each_alone(settings, slots):
     """More requests than slots, and a context that some of them outgrow."""
     model = model_of(**settings)
@@ -294,7 +293,7 @@ request_mixes = st.lists(st.tuples(
     st.integers(1, 40), st.sampled_from([0.0, 1.0, 1.5]), st.integers(0, 3)), min_size=2, max_size=7)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(mix=request_mixes, past_context=st.sampled_from(["reread", "slide"]))
 def test_an_invariant_engine_gives_a_request_the_same_bits_in_any_company(mix, past_context):
     """Alone in an engine of its own, or among others that come and go and share its beginning."""
@@ -506,10 +505,10 @@ def test_texts_with_guesses_are_drawn_from_the_same_distribution():
     """Of three tokens whose probabilities are the same after every text, so that each place can be counted."""
     logits = {token("a"): 1.0, token("b"): 0.5, token("c"): -0.5}
     engine = Engine(constant_model(logits), TOKENIZER, slots=1, lookup=3)
-    params, prompt = SamplingParams(temperature=1.0, top_p=1.0, top_k=3, max_new_tokens=3), TOKENIZER.encode("abab")
-    count = 1500
+    params, prompt = SamplingParams(temperature=1.0, top_p=1.0, top_k=3, max_new_tokens=2), TOKENIZER.encode("abab")
+    count = 800
     requests = [engine.submit([START, *prompt], params, row) for row in range(count)]
-    drawn = torch.tensor(finished(engine, *requests))                                   # (count, 3)
+    drawn = torch.tensor(finished(engine, *requests))                                   # (count, 2)
     expected = torch.tensor(list(logits.values())).softmax(0)
     for place in drawn.T:
         found = torch.tensor([(place == one).sum() for one in logits]) / count
@@ -554,7 +553,7 @@ def test_a_step_that_is_broken_off_is_made_up_for(options, monkeypatch):
         broken(owner, name)
     engine = Engine(model, TOKENIZER, slots=2, **options)
     assert finished(engine, *[engine.submit(*job) for job in jobs]) == expected and calls[0] > 100
-    for stop_at[0] in random.Random(0).sample(range(1, calls[0] + 1), 12):
+    for stop_at[0] in random.Random(0).sample(range(1, calls[0] + 1), 8):
         calls[0] = 0
         engine = Engine(model, TOKENIZER, slots=2, **options)
         requests = [engine.submit(*job) for job in jobs]
