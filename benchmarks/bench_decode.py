@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 import sys
 import time
@@ -22,11 +21,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import harness
 from minigpt.config import GPT2, ModelConfig, SamplingParams
 from minigpt.engine import Engine
 from minigpt.families import FAMILIES
 from minigpt.model import GPT
-from minigpt.tokenizer import Tokenizer
+from minigpt.tokenizer import Roles
 
 SHAPES = {"gpt2": dict(depth=12, width=768, num_heads=12), "toy": dict(depth=1, width=64, num_heads=1, vocab_size=256)}
 PATHS = ("engine", "engine_invariant", "engine_lookup", "transformers", "nanogpt")
@@ -37,7 +37,7 @@ class EveryToken:
 
     def __init__(self, vocab_size):
         self.never_sampled = torch.zeros(vocab_size, dtype=torch.bool).numpy()
-        self.roles = Tokenizer("bytes").roles.__class__(end_tokens=())
+        self.roles = Roles(end_tokens=())
 
 
 def engine_path(model, slots, **options):
@@ -118,8 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.peer and (name != "nanogpt" or not Path(folder, "model.py").is_file()):
         sys.exit(f"error: --peer {arguments.peer}: give nanogpt=FOLDER, a folder that holds model.py")
 
-    result = {"benchmark": "decode", "cpu": platform.processor() or platform.machine(),
-              "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+    result = {"benchmark": "decode", **harness.machine(torch.device("cpu")),
               "capability": torch.backends.cpu.get_cpu_capability(), "shape": arguments.shape,
               "new_tokens": arguments.new_tokens, "rows": []}
     print(f"{'dtype':>9} {'batch':>5} {'prompt':>6} {'path':>17} {'tokens/s':>9} {'ratio':>6} {'same':>6}")
@@ -144,10 +143,8 @@ def main(argv: list[str] | None = None) -> None:
                     result["rows"].append(row)
                     print(f"{dtype:>9} {batch:5} {length:6} {path:>17} {row['tokens_per_second']:9.1f} "
                           f"{row['ratio']:6.2f} {row['same_tokens']:6.2f}", flush=True)
-    line = json.dumps(result)
-    if arguments.json:
-        arguments.json.write_text(line + "\n", "utf-8")
-    print(line)
+    harness.save(arguments.json, result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import harness
 from minigpt import hf
 from minigpt.config import ModelConfig
 from minigpt.families import FAMILIES
@@ -87,10 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     for key, value in result.items():
         shown = f"{value / 1e9:,.3f} GB" if key.endswith("_bytes") and key != "same_bytes" else value
         print(f"{key:28} {shown:,.1f}" if isinstance(shown, float) else f"{key:28} {shown}")
-    line = json.dumps(result)
-    if arguments.json:
-        arguments.json.write_text(line + "\n", "utf-8")
-    print(line)
+    harness.save(arguments.json, result)
+    print(json.dumps(result))
     if not result["same_bytes"]:
         sys.exit("error: the weights that were imported again are others")
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
 INDEX, WEIGHTS, PICKLE = "model.safetensors.index.json", "model.safetensors", "ckpt.pt"
-READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+READABLE = ("F32", "F16", "BF16")
 BLOCK_BYTES = 1 << 26
 """Of a tensor that are converted and written at a time."""
 
@@ -145,24 +146,33 @@ class Found:
     settings: dict
     """Their config.json."""
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{our name: shape}"""
+        return shapes_of(self.model)
+
+    @cached_property
+    def bare(self) -> str:
+        """What their names lack, in files of the bare model."""
+        prefix = self.family.prefix
+        return "" if any(name.startswith(prefix) for name in self.weights.shapes) else prefix
+
     def plan(self) -> tuple[dict[Pair, list[str]], list[str]]:
         """({pair: the names that its tensors have in the files}, names left out); nothing is read yet.
 
         Raises ValueError naming a tensor that is missing, has another shape or type, or has no place.
         """
-        weights, family, model = self.weights, self.family, self.model
-        shapes, found = shapes_of(model), {}
-        bare = "" if any(name.startswith(family.prefix) for name in weights.shapes) else family.prefix
-        for pair in family.pairs(model):
+        weights, family, bare, found = self.weights, self.family, self.bare, {}
+        for pair in family.pairs(self.model):
             found[pair] = [self._name(name.removeprefix(bare)) for name in pair.theirs]
-            for name, shape in zip(found[pair], pair.shapes(shapes[pair.ours]), strict=True):
+            for name, shape in zip(found[pair], pair.shapes(self.shapes[pair.ours]), strict=True):
                 if weights.shapes[name] != shape:
                     raise ValueError(f"{weights.path}: {name} is {weights.shapes[name]}, by its settings it must be "
                                      f"{shape}")
                 if weights.dtypes[name] not in READABLE:
                     raise ValueError(f"{weights.path}: {name} has type {weights.dtypes[name]}, which is not read, only "
                                      f"{', '.join(READABLE)}; save it as one of these")
-        assert {pair.ours for pair in found} == shapes.keys()
+        assert {pair.ours for pair in found} == self.shapes.keys()
         known = {name for group in found.values() for name in group}
         copies = {copy.removeprefix(bare) for copy, _ in family.copies}
         left_out = sorted(name for name in weights.shapes.keys() - known
@@ -194,9 +204,8 @@ class Found:
     def differing_copy(self) -> str | None:
         """The name of a tensor that is not what it should be a copy of, None where all are."""
         shapes = self.weights.shapes
-        bare = "" if any(name.startswith(self.family.prefix) for name in shapes) else self.family.prefix
         for copy, original in self.family.copies:
-            copy, original = copy.removeprefix(bare), original.removeprefix(bare)
+            copy, original = copy.removeprefix(self.bare), original.removeprefix(self.bare)
             both = copy, original
             if shapes.keys() >= set(both) and not (shapes[copy] == shapes[original] and all(
                     map(torch.equal, *map(self.weights.blocks, both)))):
@@ -273,8 +282,7 @@ def import_model(source: Path, out: Path, tokenizer: Path | None = None, warn=pr
         raise ValueError(f"{directory}: the tokenizer has {vocabulary.vocab_size} tokens and the model "
                          f"{found.model.vocab_size}; they do not belong together")
     config = Config(model=found.model, objective=ObjectiveConfig(name=found.family.objective))
-    by_name = shapes_of(found.model)
-    shapes = {pair.ours: by_name[pair.ours] for pair in planned}
+    shapes = {pair.ours: found.shapes[pair.ours] for pair in planned}
     with new_directory(out) as unfinished:
         checkpoint.write(unfinished, {
             WEIGHTS: lambda path: write_tensors(path, shapes, found.tensors(planned)),

@@ -56,12 +56,13 @@ def process(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams) 
     return logits
 
 
-def sample(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams,
+def sample(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams,
            generators: list[torch.Generator], guess: int | None = None) -> torch.Tensor:
     """The next token of each row, (B,) int64; row i draws from generators[i]. Raises ValueError for NaN or inf.
 
-    With a `guess`, of a single row, that token is taken with its probability, else one of the others with theirs, so
-    that the distribution is the same (speculative sampling, arXiv 2211.17192, of a draft that is sure of itself).
+    `tokens` may be None without a repetition penalty. With a `guess`, of a single row, that token is taken with its
+    probability, else one of the others with theirs, so that the distribution is the same (speculative sampling,
+    arXiv 2211.17192, of a draft that is sure of itself).
     """
     if not (logits < torch.inf).all():
         raise ValueError("the model's output is not finite, so its weights have diverged or are damaged; sample from "

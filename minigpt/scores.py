@@ -43,6 +43,8 @@ def token_nats(model, ids: np.ndarray, stride: int, batch_size: int) -> np.ndarr
     T, device, total = model.config.context_length, model.embedding.weight.device, len(ids) - 1
     starts = range(0, max(1, total - T + stride), stride)
     nats = np.empty(total)
+    if not total:
+        return nats
     for first in range(0, len(starts), batch_size):
         batch = starts[first:first + batch_size]
         inputs = torch.zeros(len(batch), min(T, total), dtype=torch.int64)
@@ -76,11 +78,11 @@ def score_texts(run, paths: Iterable[str], *, stride: int = 0, batch_size: int =
         ids = [run.tokenizer.roles.document_start]
         for piece in document.pieces():
             ids += run.tokenizer.encode(piece)
-        nats = token_nats(run.model, np.array(ids), stride, batch_size)
         if len(ids) == 1 or run.tokenizer.is_special[ids[1:]].any():
             raise ValueError(f"{document.path}: the tokenizer has no token for some of it, so that bits per byte would "
                              "leave that out; take another text or a tokenizer that has every byte")
         sizes = np.array([len(run.tokenizer.token_bytes[id]) for id in ids[1:]], float)
+        nats = token_nats(run.model, np.array(ids), stride, batch_size)
         sizes *= document.end / sizes.sum()             # a tokenizer that changes the text has other bytes than it
         cuts = np.arange(0, len(nats), stride)
         windows.append(np.stack([np.add.reduceat(x, cuts) for x in (nats, sizes, np.ones(len(nats)))]))

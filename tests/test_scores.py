@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from test_cli import fails
 from tiny import make_text, tiny_config
@@ -186,7 +187,7 @@ def test_the_example_of_rouge_score():
     assert row["rouge1"] == pytest.approx(100 * 12 / 17) and row["rougeL"] == pytest.approx(100 * 10 / 17)
     assert row["rouge2"] == pytest.approx(100 * 2 * (2 / 7) * (2 / 8) / (2 / 7 + 2 / 8)) and row["outputs"] == 1
     best = scores.compare(["a b"], [["c d", "a b", "e"]])
-    assert best["rouge1"] == best["rougeL"] == best["bleu"] * 0 + 100
+    assert best["rouge1"] == best["rougeL"] == 100
 
 
 def test_generation_is_greedy():
@@ -312,3 +313,16 @@ def test_what_cannot_be_measured(arguments, message, trained, tmp_path, capsys, 
     (tmp_path / "empty").touch()
     capsys.readouterr()
     assert message in fails(capsys, cli.evaluate, str(trained), *arguments)
+
+
+def test_a_text_that_gives_no_token(tmp_path):
+    """Spaces, of a tokenizer that splits at them; nothing is scored, and nothing of it is nan."""
+    assert len(scores.token_nats(random_model(), np.array([1]), 8, 2)) == 0
+    (tmp_path / "a.txt").write_text("\n\n", "utf-8")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, unk_token="<s>"))
+    words.add_special_tokens(["<s>"])
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    run = opened()
+    run = Run(run.model, Tokenizer("tokenizers", words.to_str().encode(), Roles(0, (0,), 0, None, ())), run.config, "m")
+    with pytest.raises(ValueError, match=r"a\.txt: the tokenizer has no token for some of it"):
+        scores.score_texts(run, [str(tmp_path / "a.txt")])
