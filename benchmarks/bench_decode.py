@@ -59,7 +59,7 @@ def transformers_path(model):
 
     transformers.logging.set_verbosity_error()
     config = FAMILIES["gpt2"].config(model.config) | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval().to(model.embedding.weight.dtype)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval().to(model.dtype)
     load(theirs, model, FAMILIES["gpt2"].pairs(model.config))
     return lambda prompts, count: theirs.generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=count,
@@ -75,7 +75,7 @@ def nanogpt_path(model, folder):
     config = model.config
     theirs = module.GPT(module.GPTConfig(
         block_size=config.context_length, vocab_size=config.vocab_size, n_layer=config.depth, n_head=config.num_heads,
-        n_embd=config.width, dropout=0.0, bias=True)).eval().to(model.embedding.weight.dtype)
+        n_embd=config.width, dropout=0.0, bias=True)).eval().to(model.dtype)
     load(theirs, model, NANOGPT.pairs(config))
     return lambda prompts, count: theirs.generate(prompts, count, top_k=1)[:, prompts.shape[1]:]
 

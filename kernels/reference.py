@@ -4,6 +4,8 @@ Shapes: B batch, T query length, S key length, H query heads, H_kv key-value hea
 C width, V vocabulary. Nothing here imports Triton, and no argument is ever written to.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -115,14 +117,15 @@ def decode_attention(q, k_cache, v_cache, lengths, *, window=None, scale=None):
     given. No row depends on another. ValueError where the arguments do not fit.
     """
     check_decode_attention(q, k_cache, v_cache, lengths, window, scale)
-    rows = []
-    for row, length in enumerate(lengths.clamp(0, k_cache.shape[1]).tolist()):
-        seen = slice(0 if window is None else max(0, length - window), length)
-        k, v = (cache[row:row + 1, seen].transpose(1, 2) for cache in (k_cache, v_cache))   # (1, H_kv, keys, D)
-        rows.append(F.scaled_dot_product_attention(q[row:row + 1, :, None], k, v, scale=scale,
-                                                   enable_gqa=q.shape[1] != k.shape[1])[:, :, 0] if length
-                    else torch.zeros_like(q[row:row + 1]))
-    return torch.cat(rows) if rows else torch.zeros_like(q)
+    S, parts, first = k_cache.shape[1], [], 0
+    for length, run in itertools.groupby(min(max(0, length), S) for length in lengths.tolist()):
+        rows = slice(first, first + len(list(run)))     # neighbours of one length, in one call
+        seen, first = slice(max(0, length - (window or length)), length), rows.stop
+        k, v = k_cache[rows, seen].transpose(1, 2), v_cache[rows, seen].transpose(1, 2)     # (rows, H_kv, keys, D)
+        parts.append(F.scaled_dot_product_attention(q[rows].unsqueeze(2), k, v, scale=scale,
+                                                    enable_gqa=q.shape[1] != k.shape[1]).squeeze(2) if length
+                     else torch.zeros_like(q[rows]))
+    return torch.cat(parts) if parts else torch.zeros_like(q)
 
 
 def check_decode_attention(q, k_cache, v_cache, lengths, window, scale):
@@ -181,25 +184,26 @@ def check_norm(op, x, eps, residual=None, dtypes=NORM_DTYPES, **parameters):
     check_kinds(op, (float, int, torch.SymFloat), "a number", eps=eps)
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_NORM_WIDTH:
         raise ValueError(f"{op}: x {tuple(x.shape)} must be (..., C) with C from 1 to {MAX_NORM_WIDTH}")
-    given = {"x": x, "residual": residual, **parameters}
-    for name, tensor in given.items():
-        if tensor is None:
+    dtype, device, row = x.dtype, x.device, x.shape[-1:]
+    if dtype not in dtypes:
+        raise ValueError(f"{op}: x is {dtype}; it must be one of {', '.join(map(str, dtypes))}")
+    for name, tensor, shape in (("residual", residual, x.shape), *((*given, row) for given in parameters.items())):
+        if tensor is None or tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
             continue
-        shape = x.shape if name in ("x", "residual") else x.shape[-1:]
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must be {tuple(shape)}, as x is {tuple(x.shape)}")
-        if tensor.dtype not in dtypes or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
-            raise ValueError(f"{op}: {name} is {tensor.dtype}, x {x.dtype}; each must be one of "
+        if tensor.dtype not in dtypes or (tensor.dtype == torch.float64) != (dtype == torch.float64):
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, x {dtype}; each must be one of "
                              f"{', '.join(map(str, dtypes))}, and float64 goes with float64 only")
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {x.device}; they must be on one device")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, x on {device}; they must be on one device")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{op}: eps = {eps} is not a finite number of 0 or more")
 
 
 def _wide(x):
     """At least float32: torch's CPU kernels sum a bfloat16 weight's gradient in bfloat16, 7 % off over 8192 rows."""
-    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x is None or x.dtype == torch.float32 else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rotary(q, k, cos, sin, positions=None):
@@ -210,12 +214,7 @@ def rotary(q, k, cos, sin, positions=None):
     arguments do not fit.
     """
     check_rotary(q, k, cos, sin, positions)
-    if positions is None:
-        cos, sin = cos[:q.shape[1]], sin[:q.shape[1]]
-    else:
-        cos, sin = cos[positions], sin[positions]                                   # (T, D/2) or (B, T, D/2)
-    cos, sin = (x.detach().unsqueeze(-2).to(q.dtype) for x in (cos, sin))           # (..., T, 1, D/2)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    return _rotate(q, cos, sin, positions), _rotate(k, cos, sin, positions)
 
 
 def check_rotary(q, k, cos, sin, positions, op="rotary"):
@@ -240,9 +239,14 @@ def check_rotary(q, k, cos, sin, positions, op="rotary"):
         raise ValueError(f"{op}: positions are on {positions.device}, q on {q.device}; they must be on one device")
 
 
-def _rotate(x, cos, sin):
+def _rotate(x, cos, sin, positions):
+    if positions is None:
+        cos, sin = cos[:x.shape[1]], sin[:x.shape[1]]
+    else:
+        cos, sin = cos[positions], sin[positions]                                   # (T, D/2) or (B, T, D/2)
+    cos, sin = (part.detach().unsqueeze(-2).to(x.dtype) for part in (cos, sin))     # (..., T, 1, D/2)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.addcmul(x * torch.cat((cos, cos), dim=-1), torch.cat((b, a), dim=-1), torch.cat((-sin, sin), dim=-1))
 
 
 def split_heads(x, heads, q_weight=None, k_weight=None, eps=1e-5, cos=None, sin=None, positions=None):
@@ -254,12 +258,13 @@ def split_heads(x, heads, q_weight=None, k_weight=None, eps=1e-5, cos=None, sin=
     not fit.
     """
     check_split_heads(x, heads, q_weight, k_weight, eps, cos, sin, positions)
-    q, k, v = x.split(heads, dim=2)
+    qk, v = x.split((heads[0] + heads[1], heads[2]), dim=2)
     if q_weight is not None:
-        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+        weight = torch.cat((_wide(q_weight).expand(heads[0], -1), _wide(k_weight).expand(heads[1], -1)))
+        qk = (F.rms_norm(_wide(qk), qk.shape[-1:], eps=eps) * weight).to(x.dtype)
     if cos is not None:
-        q, k = rotary(q, k, cos, sin, positions)
-    return q, k, v
+        qk = _rotate(qk, cos, sin, positions)
+    return *qk.split(heads[:2], dim=2), v
 
 
 def check_split_heads(x, heads, q_weight, k_weight, eps, cos, sin, positions):
@@ -392,10 +397,15 @@ def dequantize(packed_weight, scales, dtype=None):
     """The (N, K) weight, rounded once, in the dtype of the scales unless one is given."""
     dtype = dtype or scales.dtype
     scales = scales.to(torch.promote_types(dtype, torch.float32))
-    groups = packed_weight.unflatten(1, (scales.shape[1], -1))
+    return (unpacked(packed_weight, scales.shape[1]) * scales[..., None]).flatten(1).to(dtype)
+
+
+def unpacked(packed_weight, num_groups):
+    """The whole numbers of a packed weight, int8 (N, G, K/G)."""
+    groups = packed_weight.unflatten(1, (num_groups, -1))
     if packed_weight.dtype == torch.uint8:
         groups = torch.cat((groups & 15, groups >> 4), dim=-1).to(torch.int8) - 8
-    return (groups * scales[..., None]).flatten(1).to(dtype)                        # (N, G, K/G) to (N, K)
+    return groups
 
 
 def check_quantized_linear(x, packed_weight, scales, bias):

@@ -1,7 +1,7 @@
 """The keys and values of tokens that were read, kept for the tokens that follow.
 
-`GPT.hidden(tokens, cache=...)` takes a view of a KVCache: `Prefill` for some tokens of one slot, `Decode` for one token
-each of many. A view tells positions, stores what each layer makes and attends to what is stored.
+`GPT.hidden(tokens, cache=...)` takes a view of a KVCache: `Prefill` for many tokens of some slots, `Decode` for one
+token of each. A view tells positions, stores what each layer makes and attends to what is stored.
 Legend: B slots, T new tokens, S places in a slot, H_kv key-value heads, D head size.
 """
 
@@ -14,13 +14,19 @@ from minigpt.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of `slots` texts of up to `length` tokens, (depth, B, S, H_kv, D) each, allocated once."""
+    """Keys and values of `slots` texts of up to `length` tokens, (depth, B, H_kv, S, D) each, allocated once.
+
+    A head's keys lie side by side: what reads them all reads memory in one piece.
+    """
 
     def __init__(self, config: ModelConfig, slots: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.depth, slots, length + 1, config.H_kv, config.D)    # one place for what idle slots write
+        shape = (config.depth, slots, config.H_kv, length + 1, config.D)    # one place for what idle slots write
         self.length, self.last_position = length, config.context_length - 1
         self.keys = torch.zeros(shape, device=device, dtype=dtype)          # zeros: what is masked must be finite
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.layers = [(self.keys[layer].transpose(1, 2), self.values[layer].transpose(1, 2))
+                       for layer in range(config.depth)]
+        """Of each layer keys and values as the kernels take them, views (B, S, H_kv, D)."""
 
     @staticmethod
     def slot_bytes(config: ModelConfig, length: int, dtype: torch.dtype) -> int:
@@ -30,59 +36,82 @@ class KVCache:
     def copy(self, source: int, target: int, count: int) -> None:
         """The first `count` tokens of one slot into another."""
         for tensor in (self.keys, self.values):
-            tensor[:, target, :count] = tensor[:, source, :count]
+            tensor[:, target, :, :count] = tensor[:, source, :, :count]
 
     def slide(self, slot: int, count: int, stored: int, tables: tuple) -> None:
         """Drop the first `count` of the `stored` tokens of a slot; the others go to the front.
 
         Keys that `tables` (cos, sin) had turned by their positions are turned back by `count` positions.
         """
-        keys, values = (tensor[:, slot, count:stored].clone() for tensor in (self.keys, self.values))
+        keys, values = (tensor[:, slot, :, count:stored].clone() for tensor in (self.keys, self.values))
         if tables[0] is not None:
-            back = torch.full(keys.shape[1:2], count, device=keys.device)
-            keys, _ = kernels.rotary(keys, keys[:, :, :1], tables[0], -tables[1], back)
-        self.keys[:, slot, :stored - count] = keys
-        self.values[:, slot, :stored - count] = values
+            back = torch.full(keys.shape[2:3], count, device=keys.device)
+            by_place = keys.transpose(1, 2)                                             # (depth, stored, H_kv, D)
+            keys = kernels.rotary(by_place, by_place[:, :, :1], tables[0], -tables[1], back)[0].transpose(1, 2)
+        self.keys[:, slot, :, :stored - count] = keys
+        self.values[:, slot, :, :stored - count] = values
 
 
 class Prefill:
-    """T tokens of one slot, the first of which stands at `start`."""
+    """Tokens of some slots, as tokens (1, T), one slot's behind the other's: of each part its slot, start and count.
 
-    def __init__(self, cache: KVCache, slot: int, start: int):
-        self.cache, self.slot, self.start = cache, slot, start
+    To all but the attention these are the tokens of one text. ValueError for more tokens than a slot holds.
+    """
+
+    def __init__(self, cache: KVCache, *parts: tuple[int, int, int]):
+        self.cache, self.parts, self._positions, first = cache, [], [], 0
+        for slot, start, count in parts:
+            if start + count > cache.length:
+                raise ValueError(f"{start + count} tokens are more than a slot of the cache holds, {cache.length}")
+            self.parts.append((slice(first, first + count), slice(slot, slot + 1), slice(start, start + count)))
+            self._positions.append(torch.arange(start, start + count, device=cache.keys.device))
+            first += count
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(T,), none beyond the context's last; ValueError for more tokens than the slot holds."""
-        end = self.start + tokens.shape[1]
-        if end > self.cache.length:
-            raise ValueError(f"{end} tokens are more than a slot of the cache holds, {self.cache.length}")
-        return torch.arange(self.start, end, device=tokens.device).clamp(max=self.cache.last_position)
+        """(T,), none beyond the context's last."""
+        return torch.cat(self._positions).clamp(max=self.cache.last_position)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None):
-        """Store k, v (1, T, H_kv, D) of a layer; gives the attention of q (1, T, H, D) to all that is stored."""
-        keys, values = (tensor[layer, self.slot:self.slot + 1] for tensor in (self.cache.keys, self.cache.values))
-        end = self.start + q.shape[1]
-        keys[:, self.start:end], values[:, self.start:end] = k, v
-        return kernels.attention(q, keys[:, :end], values[:, :end], causal=True, window=window)
+        """Store k, v (1, T, H_kv, D) of a layer; gives the attention of q (1, T, H, D), each to its slot up to it."""
+        keys, values = self.cache.layers[layer]
+        parts = []
+        for rows, slot, places in self.parts:
+            keys[slot, places], values[slot, places] = k[:, rows], v[:, rows]
+            parts.append(kernels.attention(q[:, rows], keys[slot, :places.stop], values[slot, :places.stop],
+                                           causal=True, window=window))
+        return torch.cat(parts, dim=1)
 
 
 class Decode:
-    """One token of each of the first B slots, behind the `lengths` (B,) tokens that they hold; -1: the slot is idle."""
+    """One token each of some slots, as tokens (1, B): {slot: tokens that it holds before, -1 where it is idle}.
 
-    def __init__(self, cache: KVCache, lengths: torch.Tensor):
-        self.cache, self.rows = cache, torch.arange(len(lengths), device=lengths.device)
-        idle = lengths < 0
-        self.places = lengths.masked_fill(idle, cache.length)
-        self.seen = lengths + 1                                                        # 0 where idle
-        self._positions = lengths.clamp(min=0)[:, None]
+    To all but the attention these are the tokens of one text, at positions of their own.
+    """
+
+    def __init__(self, cache: KVCache, lengths: dict[int, int]):
+        places = [cache.length if length < 0 else length for length in lengths.values()]
+        positions = [max(0, length) for length in lengths.values()]
+        seen = [length + 1 for length in lengths.values()]                             # 0 where idle
+        self.cache, self.runs = cache, []
+        slots, places, self._positions, self.seen = torch.tensor([list(lengths), places, positions, seen],
+                                                                 device=cache.keys.device).unbind()
+        self.place = slots, places
+        for row, slot in enumerate(lengths):            # neighbours in the cache are attended to in one call
+            if self.runs and self.runs[-1][1].stop == slot:
+                rows, slots = self.runs[-1]
+                self.runs[-1] = slice(rows.start, row + 1), slice(slots.start, slot + 1)
+            else:
+                self.runs.append((slice(row, row + 1), slice(slot, slot + 1)))
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, 1)"""
+        """(B,)"""
         return self._positions
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None):
-        """Store k, v (B, 1, H_kv, D) of a layer; gives the attention of q (B, 1, H, D), each to its own slot."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, self.places], values[self.rows, self.places] = k[:, 0], v[:, 0]
-        B = len(self.rows)
-        return kernels.decode_attention(q[:, 0], keys[:B], values[:B], self.seen, window=window)[:, None]
+        """Store k, v (1, B, H_kv, D) of a layer; gives the attention of q (1, B, H, D), each to its own slot."""
+        keys, values = self.cache.layers[layer]
+        keys.index_put_(self.place, k[0])
+        values.index_put_(self.place, v[0])
+        parts = [kernels.decode_attention(q[0, rows], keys[slots], values[slots], self.seen[rows], window=window)
+                 for rows, slots in self.runs]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]

@@ -143,6 +143,8 @@ class ModelConfig(Section):
     """Sliding attention window in tokens; 0: the whole context."""
     dropout: float = setting(0.0, low=0.0, high=0.99)
     """Dropout of embeddings, attention weights and sub-layer outputs."""
+    weight_bits: int = setting(0, choices=(0, 8, 4))
+    """8 or 4: linear layers and embedding hold whole numbers, as `minigpt quantize` makes them; 0: floating point."""
     init_std: float = setting(0.02, low=0.0, high=1e3)
     """Standard deviation of initial weights; sub-layer outputs get init_std / sqrt(2 depth)."""
 

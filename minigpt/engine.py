@@ -15,6 +15,7 @@ import codecs
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,9 @@ from minigpt import checkpoint, sampling
 from minigpt.cache import Decode, KVCache, Prefill
 from minigpt.config import Config, SamplingParams
 from minigpt.device import pick_device
+from minigpt.flat import FlatStep
 from minigpt.model import GPT
+from minigpt.packed import packed, steady_rows
 from minigpt.tokenizer import Tokenizer
 
 DEFAULT = SamplingParams()
@@ -32,6 +35,8 @@ CHUNK = 64
 """Tokens of a prompt that an invariant engine reads at a time."""
 PREFILL = 512
 """Those that another does: enough to keep every core busy, and a bound on memory."""
+SHARED = 32
+"""A request that begins with so many tokens of another waits until these are read, and takes them over."""
 CACHE_BYTES = 1 << 30
 MOST_SLOTS = 16
 
@@ -50,6 +55,8 @@ class Request:
         """Its slot holds `stored` tokens from tokens[first] on."""
         self.reusable = 0
         """How many of these another request may take over."""
+        self.drawn_like = params.temperature, params.top_k, params.top_p, params.repetition_penalty == 1 or self
+        """Requests of which this is equal are drawn together."""
 
     @property
     def drawn(self) -> list[int]:
@@ -72,8 +79,8 @@ class Engine:
     what fits a gigabyte), bound the memory. The model's weights must stay as they are. `past_context`: what is done
     when a slot is full: "reread", its second half is read again as a new beginning, or "slide", the first half is
     forgotten and the second kept as it was computed (not for learned positions). With `invariant` a request gives
-    the same tokens, on a CPU in float32, whatever else is in the batch: all slots are decoded in every step, and
-    prompts are read in chunks of one size. No token is read that a slot already holds for another request, or for
+    the same tokens, on a CPU in float32, whatever else is in the batch: rows are as many as products of one kind take,
+    and prompts are read in chunks of one size. No token is read that a slot already holds for another request, or for
     the turn before in a conversation. With `lookup` a request that is alone guesses up to so many tokens at a time,
     those that stood after its last three or two before, and reads them in one pass; the distribution of its texts
     is the same. One thread at a time may use it.
@@ -81,7 +88,7 @@ class Engine:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, slots: int = 0, length: int = 0, invariant: bool = False,
                  past_context: str = "reread", lookup: int = 0):
-        weight, context = model.embedding.weight, model.config.context_length
+        config, dtype = model.config, model.dtype
         if past_context not in ("reread", "slide"):
             raise ValueError(f"past_context = {past_context!r} is none of: reread, slide")
         if past_context == "slide" and model.config.position == "learned":
@@ -90,14 +97,18 @@ class Engine:
             raise ValueError(f"lookup = {lookup} with invariant = {invariant}: it takes 0 or more tokens, and 0 where "
                              "a text must not depend on whether it is alone")
         self.model, self.invariant, self.past_context, self.lookup = model, invariant, past_context, lookup
-        fits = CACHE_BYTES // KVCache.slot_bytes(model.config, 0, weight.dtype) - 1
-        self.length, self.device = min(length or max(1, fits), context), weight.device
-        room = CACHE_BYTES // KVCache.slot_bytes(model.config, self.length, weight.dtype)
+        fits = CACHE_BYTES // KVCache.slot_bytes(config, 0, dtype) - 1
+        self.length, self.device = min(length or max(1, fits), config.context_length), model.device
+        room = CACHE_BYTES // KVCache.slot_bytes(config, self.length, dtype)
         self.slots = slots or max(1, min(MOST_SLOTS, room))
         places = -(-self.length // CHUNK) * CHUNK if invariant else self.length     # a chunk is written whole
-        self.cache = KVCache(model.config, self.slots, places, self.device, weight.dtype)
-        self.never = torch.from_numpy(tokenizer.never_sampled).to(self.device)
+        self.rows = steady_rows(self._packed, self.slots) if invariant else range(1, self.slots + 1)
+        """Numbers of rows that a step may have."""
+        self.cache = KVCache(config, self.rows[-1], places, self.device, dtype)
+        self.num_ids = len(tokenizer.never_sampled)
+        self.never = torch.from_numpy(tokenizer.never_sampled.nonzero()[0]).to(self.device)
         self.ends = frozenset(tokenizer.roles.end_tokens)
+        self._steps = {}
         self.queue, self.active = deque(), {}
         """Requests that wait, and {slot: request} of those that do not."""
         self.left = {slot: [] for slot in range(self.slots)}
@@ -119,28 +130,30 @@ class Engine:
         next: what a slot holds is noted when it is there, and a token counts as read when the next one is drawn.
         """
         self._free()
-        going = []
+        behind, going = [], []
         for request in self.active.values():
             request.stored = min(request.stored, len(request.tokens) - request.first - 1)
             request.reusable = min(request.reusable, request.stored)
             if len(request.tokens) - request.first > self.length:
                 self._make_room(request)
-            if len(request.tokens) - request.first - request.stored > 1 or not request.stored:
-                self._draw(request, self._read(request))
-            else:
-                going.append(request)
+            is_behind = len(request.tokens) - request.first - request.stored > 1 or not request.stored
+            (behind if is_behind else going).append(request)
         while self.queue and self.left:
             request = self.queue[0]
             if not request.is_done and request.slot is None:
+                if any(_common(request.tokens, other.tokens) >= SHARED for other in behind):
+                    self._read(behind)                  # then it need not read that itself
+                    behind = []
                 self._give_slot(request)
-                self._draw(request, self._read(request))
+                behind.append(request)
             self.queue.popleft()
+        if behind:
+            self._read(behind)
         if len(self.active) == 1 and going and self._guess(going[0]):
             going = []
         if going:
-            logits = self._decode(going)
-            for request in going:
-                self._draw(request, logits[request.slot:request.slot + 1])
+            going.sort(key=lambda request: request.slot)
+            self._draw(going, self._decode(going))
         self._free()
         return bool(self.active or self.queue)
 
@@ -175,31 +188,75 @@ class Engine:
             self.cache.slide(request.slot, self.length - half, self.length, self.model.positions.tables)
             request.stored = half
 
-    def _read(self, request):
-        """Read all tokens that its slot does not hold yet; gives the logits (1, V) after the last."""
-        ids = torch.tensor(request.tokens[request.first:], device=self.device)
-        size = CHUNK if self.invariant else PREFILL
-        for start in range(request.stored, len(ids), size):
-            chunk = ids[start:start + size]
-            last = len(chunk) - 1
-            if self.invariant:
-                chunk = torch.nn.functional.pad(chunk, (0, CHUNK - len(chunk)))
-            hidden = self.model.hidden(chunk[None], cache=Prefill(self.cache, request.slot, start))
-        request.stored = request.reusable = len(ids)
-        return self.model.head(hidden[:, last]).float()
+    def _read(self, requests):
+        """Read all tokens that their slots do not hold yet, and draw one for each request."""
+        reader, parts, last = self._reader(1), [], {}
+        for request in requests:
+            size, end = CHUNK if self.invariant else PREFILL, len(request.tokens) - request.first
+            parts += [(request, start, min(start + size, end)) for start in range(request.stored, end, size)]
+        while parts:
+            count = 1                                   # as many parts as fit into one pass
+            while count < len(parts) and not self.invariant and parts[count][2] - parts[count][1] <= PREFILL - sum(
+                    end - start for _, start, end in parts[:count]):
+                count += 1
+            for (request, _, end), row in zip(parts[:count], self._pass(reader, parts[:count])):
+                last[request] = row
+                request.stored = request.reusable = end
+            parts = parts[count:]
+        rows = torch.stack(list(last.values()))
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, self._rows(len(rows)) - len(rows)))
+        self._draw(requests, reader.head(rows).float()[:len(requests)])
+
+    def _pass(self, reader, parts):
+        """Read tokens [start, end) of some requests; gives what the head reads after the last of each, (C,)."""
+        ids, places = [], []
+        for request, start, end in parts:
+            tokens = request.tokens[request.first + start:request.first + end]
+            ids += tokens + [0] * (CHUNK - len(tokens) if self.invariant else 0)
+            places.append((request.slot, start, CHUNK if self.invariant else end - start))
+        hidden = reader.hidden(torch.tensor([ids], device=self.device), cache=Prefill(self.cache, *places))[0]
+        firsts = accumulate((count for _, _, count in places[:-1]), initial=0)
+        return [hidden[first + end - start - 1] for first, (_, start, end) in zip(firsts, parts)]
 
     def _decode(self, requests):
-        """Read one token of each; gives the logits (B, V) of the first B slots."""
-        rows = self.slots if self.invariant else 1 + max(request.slot for request in requests)
-        tokens, lengths = [[0]] * rows, [-1] * rows
-        for request in requests:
-            tokens[request.slot], lengths[request.slot] = request.tokens[-1:], request.stored
-        view = Decode(self.cache, torch.tensor(lengths, device=self.device))
-        hidden = self.model.hidden(torch.tensor(tokens, device=self.device), cache=view)
+        """Read one token of each; gives their logits (B, V)."""
+        lengths = {request.slot: request.stored for request in requests}
+        last = {request.slot: request.tokens[-1] for request in requests}
+        slots = sorted(self._with_idle(lengths))
+        ids = torch.tensor([[last.get(slot, 0) for slot in slots]], device=self.device)
+        view = Decode(self.cache, {slot: lengths.get(slot, -1) for slot in slots})
+        logits = self._step_of(len(slots))(ids, view)
         for request in requests:
             request.reusable += not self.invariant and request.reusable == request.stored
             request.stored += 1
-        return self.model.head(hidden[:, 0]).float()
+        return logits if len(slots) == len(requests) else logits[[slot in lengths for slot in slots]]
+
+    def _with_idle(self, slots):
+        """These slots and idle ones, to a number of rows; on a GPU, where rows cost nothing, all between."""
+        least = 1 + max(slots) if self.device.type == "cuda" else len(slots)
+        count = self._rows(least)
+        idle = (slot for slot in range(count) if slot not in slots)
+        return [*slots, *islice(idle, count - len(slots))]
+
+    def _rows(self, count):
+        """The least number of rows that a step may have, of `count` or more."""
+        return next(rows for rows in self.rows if rows >= count)
+
+    def _reader(self, rows):
+        """The model, with packed weights where these are faster, or the same for any number of rows."""
+        plain = rows == 1 and not self.invariant and self.model.dtype == torch.float32
+        plain = plain and not self.model.config.weight_bits and "_packed" not in self.__dict__
+        return self.model if plain else self._packed
+
+    def _step_of(self, rows):
+        """The step that decodes so many rows, the same function each time."""
+        if rows not in self._steps:
+            self._steps[rows] = FlatStep(self._reader(rows))
+        return self._steps[rows]
+
+    @cached_property
+    def _packed(self):
+        return packed(self.model)
 
     def _guess(self, request):
         """Read the last token and the guesses after it in one pass, and draw until one is wrong; False without any."""
@@ -209,11 +266,12 @@ class Engine:
         if not guesses:
             return False
         ids = torch.tensor([[request.tokens[-1], *guesses]], device=self.device)
-        hidden = self.model.hidden(ids, cache=Prefill(self.cache, request.slot, request.stored))
-        logits = self.model.head(hidden[0]).float()                                     # (1 + guesses, V)
+        reader = self._reader(ids.shape[1])
+        hidden = reader.hidden(ids, cache=Prefill(self.cache, (request.slot, request.stored, ids.shape[1])))
+        logits = reader.head(hidden[0]).float()                                         # (1 + guesses, V)
         whole = request.reusable == request.stored
         for place, guess in enumerate([*guesses, None]):
-            self._draw(request, logits[place:place + 1], guess)
+            self._draw([request], logits[place:place + 1], guess)
             request.stored += 1
             if request.is_done or request.tokens[-1] != guess:
                 break
@@ -221,20 +279,33 @@ class Engine:
             request.reusable = request.stored
         return True
 
-    def _draw(self, request, logits, guess=None):
-        """One token from logits (1, V); an id that no text can have is never drawn."""
-        if request.is_done:
-            return
-        logits = logits[:, :len(self.never)].masked_fill(self.never, -torch.inf)
-        tokens = torch.tensor([request.tokens], device=self.device) if request.params.repetition_penalty != 1 else None
+    def _draw(self, requests, logits, guess=None):
+        """One token for each request from its row of logits (B, V); an id that no text can have is never drawn."""
+        logits = logits[:, :self.num_ids].index_fill_(1, self.never, -torch.inf)
+        alike = {}
+        for row, request in enumerate(requests):
+            if not request.is_done:
+                alike.setdefault(request.drawn_like, []).append(row)
+        for rows in alike.values():
+            self._draw_alike([requests[row] for row in rows], logits if len(rows) == len(logits) else logits[rows],
+                             guess)
+
+    def _draw_alike(self, requests, logits, guess):
+        first = requests[0]
+        tokens = torch.tensor([first.tokens], device=self.device) if first.params.repetition_penalty != 1 else None
         try:
-            token = int(sampling.sample(logits, tokens, request.params, [request.generator], guess))
+            drawn = sampling.sample(logits, tokens, first.params, [request.generator for request in requests], guess)
         except ValueError as error:
-            request.error, request.is_done, request.reusable = error, True, 0       # NaN would spread from its slot
+            if len(requests) > 1:                       # of some rows; the others go on
+                for row, request in enumerate(requests):
+                    self._draw_alike([request], logits[row:row + 1], guess)
+                return
+            first.error, first.is_done, first.reusable = error, True, 0             # NaN would spread from its slot
             return
-        request.tokens.append(token)
-        enough = len(request.tokens) - request.num_prompt >= request.params.max_new_tokens
-        request.is_done = enough or token in self.ends
+        for request, token in zip(requests, drawn.tolist()):
+            request.tokens.append(token)
+            enough = len(request.tokens) - request.num_prompt >= request.params.max_new_tokens
+            request.is_done = enough or token in self.ends
 
 
 def _guesses(tokens, count):

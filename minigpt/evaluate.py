@@ -26,7 +26,7 @@ def evaluate(model, objective, split: Split, *, context_length: int, batch_size:
     """
     was_training = model.training
     model.eval()
-    device = model.embedding.weight.device
+    device = model.device
     sums, counts, row = {}, {}, 0
     try:
         for rows in in_order(split, context_length, objective.extra, batch_size,

@@ -14,23 +14,10 @@ from torch import nn
 
 import kernels
 from minigpt.config import ModelConfig
+from minigpt.linear import Embedding, Linear, QuantizedEmbedding, QuantizedLinear, linear
 
 ALIGNMENT = 8
 """Numbers of 16 bits that tensor cores read at a time."""
-
-
-class Linear(nn.Linear):
-    """Made with any numbers; `GPT.draw_weights` or a checkpoint fills it."""
-
-    def reset_parameters(self):
-        pass
-
-
-class Embedding(nn.Embedding):
-    """Made with any numbers; `GPT.draw_weights` or a checkpoint fills it."""
-
-    def reset_parameters(self):
-        pass
 
 
 class LayerNorm(nn.Module):
@@ -82,11 +69,11 @@ class GeluMLP(nn.Module):
 
     def __init__(self, config, width):
         super().__init__()
-        self.up = Linear(config.width, width, bias=config.bias)
-        self.down = Linear(width, config.width, bias=config.bias)
+        self.up = linear(config.weight_bits, config.width, width, config.bias)
+        self.down = linear(config.weight_bits, width, config.width, config.bias)
 
     def forward(self, x):
-        return self.down(kernels.gelu(F.linear(x, self.up.weight), self.up.bias, self.approximate))
+        return self.down(kernels.gelu(self.up.product(x), self.up.bias, self.approximate))
 
 
 class ErfGeluMLP(GeluMLP):
@@ -111,8 +98,8 @@ class SwigluMLP(nn.Module):
 
     def __init__(self, config, width):
         super().__init__()
-        self.gate_up = Linear(config.width, 2 * width, bias=config.bias)
-        self.down = Linear(width, config.width, bias=config.bias)
+        self.gate_up = linear(config.weight_bits, config.width, 2 * width, config.bias)
+        self.down = linear(config.weight_bits, width, config.width, config.bias)
 
     def forward(self, x):
         return self.down(kernels.swiglu(self.gate_up(x)))
@@ -128,6 +115,10 @@ class NoPositions(nn.Module):
 
     def add(self, x, positions):
         return x
+
+    def angles_at(self, positions):
+        """(cos, sin, positions) for `kernels.split_heads`."""
+        return None, None, None
 
 
 class LearnedPositions(NoPositions):
@@ -171,6 +162,11 @@ class RotaryPositions(NoPositions):
     def tables(self):
         return self.cos, self.sin
 
+    def angles_at(self, positions):
+        if positions.dim() == 1:                        # looked up once for all layers
+            return self.cos[positions], self.sin[positions], None
+        return self.cos, self.sin, positions
+
 
 NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 MLPS = {"gelu": GeluMLP, "gelu_erf": ErfGeluMLP, "swiglu": SwigluMLP, "squared_relu": SquaredReluMLP}
@@ -182,23 +178,23 @@ class HeadTransform(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dense = Linear(config.width, config.width, bias=config.bias)
+        self.dense = linear(config.weight_bits, config.width, config.width, config.bias)
         self.norm = NORMS[config.norm](config)
         self.approximate = MLPS[config.mlp].approximate
 
     def forward(self, x):
-        return self.norm(kernels.gelu(F.linear(x, self.dense.weight), self.dense.bias, self.approximate))
+        return self.norm(kernels.gelu(self.dense.product(x), self.dense.bias, self.approximate))
 
 
 class Head(Linear):
     """Logits of hidden vectors (..., C): (..., V), with BERT's transform and bias where `head_transform` is set."""
 
     def __init__(self, config):
-        super().__init__(config.width, config.vocab_size, bias=config.head_transform)
+        super().__init__(config.width, config.vocab_size, config.head_transform)
         self.transform = HeadTransform(config) if config.head_transform else nn.Identity()
 
     def forward(self, x):
-        return super().forward(self.transform(x))
+        return self.product(self.transform(x), self.bias)
 
     def loss(self, x, targets, **options):
         """`kernels.linear_cross_entropy` of the logits and targets (...), with its options."""
@@ -210,6 +206,16 @@ class Head(Linear):
         return kernels.linear_cross_entropy(x, weight, targets, **options)
 
 
+class QuantizedHead(QuantizedLinear):
+    """Head in 8 bits: of fewer, the logits suffer most."""
+
+    def __init__(self, config):
+        super().__init__(config.width, config.vocab_size, config.head_transform, bits=8)
+        self.transform = HeadTransform(config) if config.head_transform else nn.Identity()
+
+    forward, loss = Head.forward, Head.loss
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values, from one fused projection."""
 
@@ -218,18 +224,18 @@ class Attention(nn.Module):
         self.layer, self.D = layer, config.D
         self.heads = [config.num_heads, config.H_kv, config.H_kv]
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.qkv = Linear(config.width, sum(self.heads) * config.D, bias=qkv_bias)
+        self.qkv = linear(config.weight_bits, config.width, sum(self.heads) * config.D, qkv_bias)
         out_bias = config.bias if config.out_bias is None else config.out_bias
-        self.out = Linear(config.num_heads * config.D, config.width, bias=out_bias)
+        self.out = linear(config.weight_bits, config.num_heads * config.D, config.width, out_bias)
         self.q_norm = RMSNorm(config, config.D) if config.qk_norm else NoWeight()
         self.k_norm = RMSNorm(config, config.D) if config.qk_norm else NoWeight()
         self.eps = config.norm_eps
         self.window = config.window or None
         self.dropout = config.dropout
 
-    def forward(self, x, tables, positions, causal, document_ids, cache):
+    def forward(self, x, angles, causal, document_ids, cache):
         q, k, v = kernels.split_heads(self.qkv(x).unflatten(-1, (-1, self.D)), self.heads, self.q_norm.weight,
-                                      self.k_norm.weight, self.eps, *tables, positions)    # (B, T, H or H_kv, D)
+                                      self.k_norm.weight, self.eps, *angles)    # (B, T, H or H_kv, D)
         if cache is not None:
             y = cache.attend(self.layer, q, k, v, self.window)                         # (B, T, H, D)
         else:
@@ -248,7 +254,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = NORMS[config.norm](config)
         self.mlp = mlp(config, config.mlp_width or mlp.default_width(config.width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, residual, *context):
         x, residual = self.attention_norm(x, residual)
@@ -281,16 +287,18 @@ class GPT(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("model.vocab_size is 0; give the tokenizer's vocab_size")
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.width)
+        embedding, head = (QuantizedEmbedding, QuantizedHead) if config.weight_bits else (Embedding, Head)
+        self.embedding = embedding(config.vocab_size, config.width)
         self.positions = POSITIONS[config.position](config)
         self.token_types = Embedding(config.token_types, config.width) if config.token_types else None
         self.embedding_norm = NORMS[config.norm](config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(BLOCKS[config.norm_position](config, layer) for layer in range(config.depth))
         self.final_norm = NORMS[config.norm](config) if config.norm_position == "pre" else NoNorm()
-        self.head = Head(config)
+        self.head = head(config)
         if config.tied_embeddings:
-            self.head.weight = self.embedding.weight
-        self.dropout = nn.Dropout(config.dropout)
+            for name, tensor in self.embedding.named_parameters():
+                setattr(self.head, name, tensor)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         if initial:
             self.draw_weights()
 
@@ -328,13 +336,22 @@ class GPT(nn.Module):
         elif token_types is not None:
             raise ValueError("this model has no token types")
         x = self.dropout(self.embedding_norm(x))
-        residual = torch.zeros_like(x)
+        residual, angles = torch.zeros_like(x), self.positions.angles_at(positions)
         for block in self.blocks:
-            x, residual = block(x, residual, self.positions.tables, positions, causal, document_ids, cache)
+            x, residual = block(x, residual, angles, causal, document_ids, cache)
         return self.final_norm(x, residual)[0]
 
     def forward(self, tokens, **context):
         return self.head(self.hidden(tokens, **context)).float()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, and of weights that are floating."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
     @property
     def num_parameters(self) -> int:

@@ -9,6 +9,8 @@ import torch
 
 from minigpt.config import SamplingParams
 
+CANDIDATES = 512
+"""A nucleus is looked for among so many tokens first: to sort a large vocabulary takes longer than a small model."""
 GREEDY_BELOW = 1e-6
 """A lower temperature is taken for 0: logits divided by it may overflow float32."""
 
@@ -33,8 +35,17 @@ def top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 def top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """Keep the fewest likeliest tokens whose probabilities sum to at least p (arXiv 1904.09751), never fewer than one.
 
-    The others become -inf. Ties at the border are broken by a sort, as in Hugging Face's processor.
+    The others become -inf. Of tokens that tie at the border some are kept, as in Hugging Face's processor.
     """
+    if logits.shape[-1] > CANDIDATES:
+        likeliest, order = logits.softmax(-1).topk(CANDIDATES)
+        if (likeliest.sum(-1) > p).all():
+            removed = likeliest.cumsum(-1) - likeliest >= p                         # what stands before is enough
+            removed[:, 0] = False
+            kept = logits.gather(1, order).masked_fill(removed, -torch.inf)
+            return torch.full_like(logits, -torch.inf).scatter(1, order, kept)
+        if len(logits) > 1:                             # each alone, so that no row depends on another
+            return torch.cat([top_p(row[None], p) for row in logits])
     ascending, order = logits.sort(dim=-1)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
     removed[:, -1] = False
@@ -64,16 +75,28 @@ def sample(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingPa
     probability, else one of the others with theirs, so that the distribution is the same (speculative sampling,
     arXiv 2211.17192, of a draft that is sure of itself).
     """
-    if not (logits < torch.inf).all():
+    logits = process(logits, tokens, params)
+    greedy = params.temperature < GREEDY_BELOW
+    top, likeliest = logits.max(-1) if greedy else (logits.amax(-1), None)
+    if not top.isfinite().all():
         raise ValueError("the model's output is not finite, so its weights have diverged or are damaged; sample from "
                          "an earlier checkpoint, or train anew with a lower optim.learning_rate")
-    logits = process(logits, tokens, params)
-    if params.temperature < GREEDY_BELOW:
-        return logits.argmax(-1)
+    if greedy:
+        return likeliest
     probabilities = logits.softmax(-1)
     if guess is not None:
         if torch.rand((), generator=generators[0], device=logits.device) < probabilities[0, guess]:
             return torch.tensor([guess], device=logits.device)
         probabilities[0, guess] = 0
-    return torch.cat([torch.multinomial(row, 1, generator=generator)
-                      for row, generator in zip(probabilities, generators)])
+    return drawn(probabilities, generators)
+
+
+def drawn(probabilities: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    """A token of each row (B, V), drawn by its probability, which need not sum to 1: (B,) int64.
+
+    The first whose cumulative sum, in float64, reaches a uniform number in (0, 1] times the whole.
+    """
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    reached = [1 - torch.rand(1, generator=generator, device=sums.device, dtype=torch.float64)
+               for generator in generators]
+    return torch.searchsorted(sums, torch.stack(reached) * sums[:, -1:])[:, 0]

@@ -40,7 +40,7 @@ def token_nats(model, ids: np.ndarray, stride: int, batch_size: int) -> np.ndarr
     A window begins every `stride` ids and scores what none before it has: each id is scored once, with at least
     context_length - stride ids before it, or all that there are.
     """
-    T, device, total = model.config.context_length, model.embedding.weight.device, len(ids) - 1
+    T, device, total = model.config.context_length, model.device, len(ids) - 1
     starts = range(0, max(1, total - T + stride), stride)
     nats = np.empty(total)
     if not total:
@@ -144,7 +144,7 @@ def log_likelihoods(model, pairs: list[tuple[list[int], list[int]]], batch_size:
 
     Of a context too long for the model its end is taken. Raises ValueError where what follows does not fit alone.
     """
-    T, device = model.config.context_length, model.embedding.weight.device
+    T, device = model.config.context_length, model.device
     for pair in pairs:
         check_fits(model, pair)
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0]) - len(pairs[index][1]))

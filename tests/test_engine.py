@@ -68,9 +68,10 @@ def test_cached_logits_equal_a_full_forward_at_every_position(settings, chunks):
     parts = []
     for start, chunk in zip(starts, tokens.split(chunks, dim=1), strict=True):
         if chunk.shape[1] == 1:
-            parts.append(model(chunk, cache=Decode(cache, torch.full((3,), start))))
+            view = Decode(cache, dict.fromkeys(range(3), start))
+            parts.append(model(chunk.T, cache=view).transpose(0, 1))
         else:
-            parts.append(torch.cat([model(chunk[slot:slot + 1], cache=Prefill(cache, slot, start))
+            parts.append(torch.cat([model(chunk[slot:slot + 1], cache=Prefill(cache, (slot, start, chunk.shape[1])))
                                     for slot in range(3)]))
     assert_close(torch.cat(parts, dim=1), full, 1e-5)
 
@@ -81,10 +82,10 @@ def test_a_cache_that_forgets_is_noticed():
     model = model_of()
     tokens = torch.randint(0, V, (1, 24), generator=torch.Generator().manual_seed(0))
     cache = KVCache(model.config, 1, 24, CPU, torch.float32)
-    model(tokens[:, :23], cache=Prefill(cache, 0, 0))
-    cache.keys[1, 0, 5] = 0
+    model(tokens[:, :23], cache=Prefill(cache, (0, 0, 23)))
+    cache.keys[1, 0, :, 5] = 0
     with pytest.raises(AssertionError, match="off by"):
-        assert_close(model(tokens[:, 23:], cache=Decode(cache, torch.tensor([23]))), model(tokens)[:, 23:], 1e-5)
+        assert_close(model(tokens[:, 23:], cache=Decode(cache, {0: 23})), model(tokens)[:, 23:], 1e-5)
 
 
 @torch.no_grad()
@@ -180,7 +181,7 @@ def test_pieces_are_whole_characters(monkeypatch, data, pieces):
     """Bytes that make no character give U+FFFD, at the end too."""
     run = run_of(model_of())
     drawn = iter([FIRST_BYTE + byte for byte in data + data])
-    monkeypatch.setattr(sampling, "sample", lambda *_: next(drawn))
+    monkeypatch.setattr(sampling, "sample", lambda *_: torch.tensor([next(drawn)]))
     params = SamplingParams(max_new_tokens=len(data))
     assert list(run.stream("x", params)) == pieces
     assert run.samples("x", params, 1) == ["".join(pieces)] == [data.decode(errors="replace")]
@@ -277,9 +278,10 @@ def logits_of(monkeypatch):
     """{request: the bytes of all logits that its tokens were drawn from}, as an engine goes on."""
     seen, draw = {}, Engine._draw
 
-    def record(self, request, logits):
-        seen.setdefault(request, []).append(logits.numpy().tobytes())
-        draw(self, request, logits)
+    def record(self, requests, logits):
+        for request, row in zip(requests, logits, strict=True):
+            seen.setdefault(request, []).append(row.numpy().tobytes())
+        draw(self, requests, logits)
     monkeypatch.setattr(Engine, "_draw", record)
     return seen
 
@@ -293,14 +295,18 @@ request_mixes = st.lists(st.tuples(
     st.integers(1, 40), st.sampled_from([0.0, 1.0, 1.5]), st.integers(0, 3)), min_size=2, max_size=7)
 
 
+GELU = random_model(vocab_size=V, context_length=160, depth=1, width=40, num_heads=4, mlp="gelu", bias=True)
+"""Whose widths are no multiples of those that a processor takes at a time."""
+
+
 @settings(max_examples=10)
-@given(mix=request_mixes, past_context=st.sampled_from(["reread", "slide"]))
-def test_an_invariant_engine_gives_a_request_the_same_bits_in_any_company(mix, past_context):
+@given(mix=request_mixes, past_context=st.sampled_from(["reread", "slide"]), model=st.sampled_from([WIDE, GELU]))
+def test_an_invariant_engine_gives_a_request_the_same_bits_in_any_company(mix, past_context, model):
     """Alone in an engine of its own, or among others that come and go and share its beginning."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         seen = logits_of(monkeypatch)
-        options = dict(slots=4, invariant=True, past_context=past_context)
-        engine, requests = Engine(WIDE, TOKENIZER, **options), []
+        options = dict(invariant=True, past_context=past_context)
+        engine, requests = Engine(model, TOKENIZER, slots=4, **options), []
         for wait, prompt, length, temperature, seed in mix:
             for _ in range(wait):
                 engine.step()
@@ -308,7 +314,7 @@ def test_an_invariant_engine_gives_a_request_the_same_bits_in_any_company(mix, p
                 temperature=temperature, max_new_tokens=length, seed=seed, top_p=0.9)))
         together = finished(engine, *requests)
         for request, made in zip(requests, together):
-            alone = Engine(WIDE, TOKENIZER, **options)
+            alone = Engine(model, TOKENIZER, slots=1, **options)
             again = alone.submit(request.tokens[:request.num_prompt], request.params)
             assert finished(alone, again) == [made] and seen[again] == seen[request]
 
@@ -351,7 +357,7 @@ def test_a_conversation_keeps_its_cache_between_turns(monkeypatch):
     read.clear()
     second = engine.submit(turn, GREEDY)
     finished(engine, second)
-    assert read[0] == 4 and set(read[1:]) == {1}        # the last token drawn was not read yet
+    assert read[0] == 4 and set(read[1:]) <= {1}        # the last token drawn was not read yet
     assert second.drawn == ids(WIDE, turn, GREEDY)
 
 
@@ -478,17 +484,17 @@ def test_guesses_change_no_greedy_text(settings, prompt):
     assert ids(model, prompt, params, lookup=4) == ids(model, prompt, params)
 
 
-def test_guesses_save_passes_where_a_text_repeats_itself(monkeypatch):
-    passes = []
-    hidden = WIDE.hidden
-    monkeypatch.setattr(WIDE, "hidden", lambda tokens, **rest: (passes.append(1), hidden(tokens, **rest))[1])
-    prompt, params = [START, *[60, 61, 62] * 8], SamplingParams(temperature=0.0, max_new_tokens=60)
-    counts = []
+def test_guesses_save_steps_where_a_text_repeats_itself():
+    steps = []
     for lookup in (0, 6):
-        passes.clear()
-        made = ids(WIDE, prompt, params, ends=False, lookup=lookup)
-        counts.append(len(passes))
-    assert len(made) == 60 == counts[0] and counts[1] < 55
+        engine = Engine(WIDE, TOKENIZER, slots=1, lookup=lookup)
+        engine.ends = ()
+        request = engine.submit([START, *[60, 61, 62] * 8], SamplingParams(temperature=0.0, max_new_tokens=60))
+        steps.append(1)
+        while engine.step():
+            steps[-1] += 1
+        assert len(request.drawn) == 60
+    assert steps[0] >= 59 and steps[1] < 55
 
 
 @pytest.mark.parametrize("guess", range(4))

@@ -250,9 +250,9 @@ def test_more_tokens_than_the_context_are_refused(position):
     with pytest.raises(ValueError, match=message):
         model(tokens(T=17))
     cache = KVCache(model.config, 1, 16, torch.device("cpu"), torch.float32)
-    model.hidden(tokens(B=1, T=10), cache=Prefill(cache, 0, 0))
+    model.hidden(tokens(B=1, T=10), cache=Prefill(cache, (0, 0, 10)))
     with pytest.raises(ValueError, match="17 tokens are more than a slot of the cache holds, 16"):
-        model.hidden(tokens(B=1, T=7), cache=Prefill(cache, 0, 10))
+        model.hidden(tokens(B=1, T=7), cache=Prefill(cache, (0, 10, 7)))
 
 
 def test_what_a_model_cannot_be():
