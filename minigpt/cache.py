@@ -112,6 +112,8 @@ class Decode:
         keys, values = self.cache.layers[layer]
         keys.index_put_(self.place, k[0])
         values.index_put_(self.place, v[0])
-        parts = [kernels.decode_attention(q[0, rows], keys[slots], values[slots], self.seen[rows], window=window)
-                 for rows, slots in self.runs]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+        if len(self.runs) == 1:
+            slots = self.runs[0][1]
+            return kernels.decode_attention(q[0], keys[slots], values[slots], self.seen, window=window)[None]
+        return torch.cat([kernels.decode_attention(q[0, rows], keys[slots], values[slots], self.seen[rows],
+                                                   window=window) for rows, slots in self.runs])[None]

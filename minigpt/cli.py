@@ -288,6 +288,34 @@ def _tokenizer_report(arguments):
           + ", ".join(repr(text) for text in found["unused_examples"]))
 
 
+def quantize(argv: list[str] | None = None) -> None:
+    """`minigpt quantize RUN_OR_CHECKPOINT --bits 8|4 [--out DIR] [--text PATH ...]`"""
+    parser = Parser(prog="minigpt quantize", allow_abbrev=False,
+                    description="Round a model's weights to 8 or 4 bits, and show what that costs and gains.")
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--bits", type=int, choices=(8, 4), required=True,
+                        help="of each weight; embedding and head take 8 in any case")
+    parser.add_argument("--out", metavar="DIR", help="the checkpoint to write (default: RUN_OR_CHECKPOINT-int8 or -int4)")
+    parser.add_argument("--text", nargs="+", default=[], metavar="PATH",
+                        help="files or folders of UTF-8 text to measure on (default: the run's held-out text)")
+    parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    arguments = parser.parse_args(argv)
+
+    def command():
+        from minigpt.quantize import quantize
+
+        path = Path(arguments.path)
+        out = Path(arguments.out) if arguments.out else path.with_name(f"{path.name}-int{arguments.bits}")
+        rows = quantize(path, out, arguments.bits, arguments.text, arguments.device)
+        if arguments.json:
+            print(json.dumps({"path": str(out), "rows": rows}, ensure_ascii=False))
+            return
+        _table([row | {"tokens_per_second": f"{row['tokens_per_second']:.1f}"} for row in rows])
+        _tell(str(out), sys.stdout)
+    _run(_undone_by_signals(command), "stopped; nothing was written")
+
+
 def _undone_by_signals(command):
     """A command that a signal to end leaves like an error, so that what it has begun is removed."""
     def run():
@@ -303,7 +331,7 @@ def _warn(line):
 
 
 VERBS = {"train": train, "sample": sample, "verify": verify, "import": import_, "export": export,
-         "eval": evaluate, "tokenizer-report": tokenizer_report}
+         "eval": evaluate, "quantize": quantize, "tokenizer-report": tokenizer_report}
 
 
 def main(argv: list[str] | None = None) -> None:

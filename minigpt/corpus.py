@@ -10,8 +10,8 @@ import fnmatch
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PIECE_BYTES = 1 << 20
@@ -107,14 +107,29 @@ def open_corpus(path: str, *, include=("*",), val_path="", val_fraction=0.1) -> 
 
 
 def _split_one(document, val_fraction):
-    cut = document.end - int(document.end * val_fraction)
-    with open(document.path, "rb") as file:
-        file.seek(cut)
-        cut += sum(1 for _ in _continuation(file.read(4)))
+    cut = _between_characters(document.path, document.end - int(document.end * val_fraction))
     if not 0 < cut < document.end:
         raise ValueError(f"{document.path}: {document.end} bytes are too few to hold out {val_fraction:g} of them; "
                          "give more text or data.val_path")
     return Document(document.path, document.name, 0, cut), Document(document.path, document.name, cut, document.end)
+
+
+def beginning(documents: Iterable[Document], most: int) -> list[Document]:
+    """The first `most` bytes of some documents, or a few more, to the end of a character."""
+    found = []
+    for document in documents:
+        end = min(document.end, _between_characters(document.path, document.start + most))
+        found.append(replace(document, end=end))
+        most -= end - document.start
+        if most <= 0:
+            break
+    return found
+
+
+def _between_characters(path, position):
+    with open(path, "rb") as file:
+        file.seek(position)
+        return position + sum(1 for _ in _continuation(file.read(4)))
 
 
 def _continuation(data):

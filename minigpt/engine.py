@@ -38,6 +38,8 @@ PREFILL = 512
 SHARED = 32
 """A request that begins with so many tokens of another waits until these are read, and takes them over."""
 CACHE_BYTES = 1 << 30
+PACKED_BYTES = 1 << 30
+"""Weights of float32 that take more are copied to be packed only when several rows are to be read in one step."""
 MOST_SLOTS = 16
 
 
@@ -243,16 +245,20 @@ class Engine:
         return next(rows for rows in self.rows if rows >= count)
 
     def _reader(self, rows):
-        """The model, with packed weights where these are faster, or the same for any number of rows."""
-        plain = rows == 1 and not self.invariant and self.model.dtype == torch.float32
-        plain = plain and not self.model.config.weight_bits and "_packed" not in self.__dict__
-        return self.model if plain else self._packed
+        """The model with packed weights, or as it is where these take much memory and one row gains nothing."""
+        unpacked = rows == 1 and not self.invariant and self._is_large and "_packed" not in self.__dict__
+        return self.model if unpacked else self._packed
 
     def _step_of(self, rows):
         """The step that decodes so many rows, the same function each time."""
         if rows not in self._steps:
             self._steps[rows] = FlatStep(self._reader(rows))
         return self._steps[rows]
+
+    @cached_property
+    def _is_large(self):
+        weights = [parameter for parameter in self.model.parameters() if parameter.dtype == torch.float32]
+        return sum(weight.nbytes for weight in weights) > PACKED_BYTES
 
     @cached_property
     def _packed(self):

@@ -270,7 +270,7 @@ def import_model(source: Path, out: Path, tokenizer: Path | None = None, warn=pr
     `tokenizer`: the directory of its tokenizer's files, unless they lie beside the model. `warn` is told what is left
     out.
     """
-    _check_free(out)
+    check_free(out)
     found = open_model(source)
     planned, left_out = found.plan()
     directory = tokenizer or (source.parent if source.is_file() else source)
@@ -302,12 +302,14 @@ def export_model(source: Path, out: Path, warn=print) -> str:
 
     With its tokenizer and a model card. Raises Unsupported for a model that no family has.
     """
-    _check_free(out)
+    check_free(out)
     found = checkpoint.find(source)
     found.check_depth()
     with torch.device("meta"):
         found.check_model(GPT(found.config.model, initial=False))
     model, tokenizer = found.config.model, found.tokenizer
+    if model.weight_bits:
+        raise ValueError(f"{found.path}: has weights of {model.weight_bits} bits; export what it was quantized from")
 
     def tensor(name):
         with safe_open(found.path / "model.safetensors", "pt") as file:
@@ -352,7 +354,8 @@ def model_card(found: checkpoint.Checkpoint, family: Family, name: str) -> str:
     return "\n".join(lines)
 
 
-def _check_free(out):
+def check_free(out: Path) -> None:
+    """Raise ValueError where something has that name."""
     if os.path.lexists(out):
         raise ValueError(f"{out} exists already; name another, or remove it")
 
@@ -368,7 +371,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     done = False
     try:
         yield unfinished
-        _check_free(out)
+        check_free(out)
         os.rename(unfinished, out)
         sync_directory(out.absolute().parent)
         done = True

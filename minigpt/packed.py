@@ -49,6 +49,10 @@ class PackedBfloat16:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
+MOST_ROWS = 64
+"""With more, it is faster to make a quantized weight whole for a product in floating point."""
+
+
 class PackedInt8:
     """x is rounded to bfloat16, for which alone torch has a fast product; scales stay as they are."""
 
@@ -58,9 +62,11 @@ class PackedInt8:
 
     def __init__(self, layer):
         self.weight, self.scales = layer.packed_weight.detach(), layer.scales.detach()[:, 0]
-        self.ones = torch.ones_like(self.scales, dtype=torch.bfloat16)
+        self.ones, self.whole = torch.ones_like(self.scales, dtype=torch.bfloat16), layer.product
 
     def __call__(self, x, bias=None):
+        if x.numel() > MOST_ROWS * x.shape[-1]:
+            return self.whole(x, bias)
         y = torch._weight_int8pack_mm(x.flatten(0, -2).to(torch.bfloat16), self.weight, self.ones)
         y = y.view(*x.shape[:-1], -1) * self.scales
         return (y if bias is None else y + bias).to(x.dtype)
@@ -79,8 +85,11 @@ class PackedInt4:
         self.packed, self.group = torch._convert_weight_to_int4pack_for_cpu(whole, 1), layer.group
         scales = layer.scales.detach().T                                                # (G, N)
         self.scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=-1).to(torch.bfloat16).contiguous()
+        self.whole = layer.product
 
     def __call__(self, x, bias=None):
+        if x.numel() > MOST_ROWS * x.shape[-1]:
+            return self.whole(x, bias)
         y = torch._weight_int4pack_mm_for_cpu(x.flatten(0, -2).to(torch.bfloat16), self.packed, self.group,
                                               self.scales_and_zeros).view(*x.shape[:-1], -1)
         return (y if bias is None else y + bias).to(x.dtype)

@@ -5,6 +5,8 @@ Order: repetition penalty, temperature, top-k, top-p, as in Hugging Face's `gene
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from minigpt.config import SamplingParams
@@ -78,7 +80,7 @@ def sample(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingPa
     logits = process(logits, tokens, params)
     greedy = params.temperature < GREEDY_BELOW
     top, likeliest = logits.max(-1) if greedy else (logits.amax(-1), None)
-    if not top.isfinite().all():
+    if not all(map(math.isfinite, top.tolist())):
         raise ValueError("the model's output is not finite, so its weights have diverged or are damaged; sample from "
                          "an earlier checkpoint, or train anew with a lower optim.learning_rate")
     if greedy:

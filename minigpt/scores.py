@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from minigpt.config import SamplingParams
-from minigpt.corpus import list_documents
+from minigpt.corpus import Document, list_documents
 from minigpt.files import named
 from minigpt.objectives import IGNORED
 
@@ -60,7 +60,13 @@ def token_nats(model, ids: np.ndarray, stride: int, batch_size: int) -> np.ndarr
     return nats
 
 
-def score_texts(run, paths: Iterable[str], *, stride: int = 0, batch_size: int = 8) -> list[dict]:
+def score_texts(run, paths: Iterable[str], **options) -> list[dict]:
+    """`score_documents` of files or folders of UTF-8 text."""
+    return score_documents(run, (document for path in paths for document in list_documents(path, key="--text")),
+                           **options)
+
+
+def score_documents(run, documents: Iterable[Document], *, stride: int = 0, batch_size: int = 8) -> list[dict]:
     """For each file, and last for all of them together: bytes, tokens, bits per byte and perplexity, with intervals.
 
     bits per byte = sum of -log2 p over all tokens / UTF-8 bytes of the raw text; perplexity = exp of the mean -log p of
@@ -68,13 +74,13 @@ def score_texts(run, paths: Iterable[str], *, stride: int = 0, batch_size: int =
     `token_nats`. Intervals take the windows as independent samples of a ratio (Cochran, Sampling Techniques, 6.4);
     None for fewer than two. Raises ValueError for a stride beyond the context and a text that is not UTF-8.
     """
-    _must_be_causal(run)
+    must_be_causal(run)
     T = run.model.config.context_length
     stride = stride or max(1, T // 2)
     if not 1 <= stride <= T:
         raise ValueError(f"a stride of {stride} is not between 1 and the context of {T} tokens")
     rows, windows = [], []
-    for document in (document for path in paths for document in list_documents(path, key="--text")):
+    for document in documents:
         ids = [run.tokenizer.roles.document_start]
         for piece in document.pieces():
             ids += run.tokenizer.encode(piece)
@@ -83,7 +89,7 @@ def score_texts(run, paths: Iterable[str], *, stride: int = 0, batch_size: int =
                              "leave that out; take another text or a tokenizer that has every byte")
         sizes = np.array([len(run.tokenizer.token_bytes[id]) for id in ids[1:]], float)
         nats = token_nats(run.model, np.array(ids), stride, batch_size)
-        sizes *= document.end / sizes.sum()             # a tokenizer that changes the text has other bytes than it
+        sizes *= (document.end - document.start) / sizes.sum()             # a tokenizer that changes the text has other bytes than it
         cuts = np.arange(0, len(nats), stride)
         windows.append(np.stack([np.add.reduceat(x, cuts) for x in (nats, sizes, np.ones(len(nats)))]))
         rows.append({"file": document.name} | _text_row(windows[-1]))
@@ -184,7 +190,7 @@ def _place(item):
 
 def score_choices(run, items: list[dict], *, batch_size: int = 8) -> dict:
     """Multiple choice: how often the likeliest choice is the answer, by log p and by log p per UTF-8 byte of it."""
-    _must_be_causal(run)
+    must_be_causal(run)
     pairs = []
     for item in items:
         with _place(item):
@@ -269,7 +275,8 @@ def read_items(path: str | Path, keys: dict[str, type]) -> list[dict]:
     return items
 
 
-def _must_be_causal(run):
+def must_be_causal(run) -> None:
+    """Raise ValueError where a run gives no text a probability."""
     if run.tokenizer is None:
         raise ValueError(f"{run.path}: has no tokenizer; import it again with --tokenizer DIR")
     if run.config.objective.name != "causal":

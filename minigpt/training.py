@@ -97,6 +97,9 @@ class Trainer:
             raise ValueError(f"{run}: the text or the tokenizer at {config.data.path} is not the one this run began "
                              "with; restore it, or begin anew in another train.run_dir")
         self.tokenizer = found.tokenizer if found else self.dataset.tokenizer
+        if config.model.weight_bits:
+            raise ValueError(f"model.weight_bits = {config.model.weight_bits}: weights of whole numbers cannot be "
+                             "trained; leave it out, and afterwards run `minigpt quantize`")
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         if vocab_size < self.tokenizer.vocab_size:
             raise ValueError(f"model.vocab_size = {vocab_size} is less than the tokenizer's "
