@@ -1,16 +1,17 @@
 """How fast texts are drawn: the engine beside transformers' `generate` and nanoGPT's sampler, on the same weights.
 
-    python -m benchmarks.bench_decode [--dtypes float32 bfloat16] [--prompts 32 512] [--batches 1 16] [--repeats 5]
-        [--new-tokens 64] [--shape gpt2|toy] [--peer nanogpt=FOLDER] [--json FILE]
+    python -m benchmarks.bench_decode [--dtypes float32 bfloat16 int8 int4] [--prompts 32 512] [--batches 1 16]
+        [--repeats 5] [--new-tokens 64] [--shape gpt2|toy] [--peer nanogpt=FOLDER] [--json FILE]
 
 Random weights of GPT-2 124M, greedy, no end token. Each repeat draws the same texts by every path in turn, in another
 order each time; given are medians of tokens per second, ratios to transformers', and how many tokens are those of the
-first path. A toy model, of one layer, width 64 and 256 tokens, shows what Python costs.
+dtype's first path. A toy model, of one layer, width 64 and 256 tokens, shows what Python costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import statistics
@@ -26,9 +27,12 @@ from minigpt.config import GPT2, ModelConfig, SamplingParams
 from minigpt.engine import Engine
 from minigpt.families import FAMILIES
 from minigpt.model import GPT
+from minigpt.quantize import quantized
 from minigpt.tokenizer import Roles
 
 SHAPES = {"gpt2": dict(depth=12, width=768, num_heads=12), "toy": dict(depth=1, width=64, num_heads=1, vocab_size=256)}
+DTYPES = {"float32": lambda model: model, "bfloat16": lambda model: copy.deepcopy(model).to(torch.bfloat16),
+          "int8": partial(quantized, bits=8), "int4": partial(quantized, bits=4)}
 PATHS = ("engine", "engine_invariant", "engine_lookup", "transformers", "nanogpt")
 
 
@@ -88,23 +92,38 @@ def load(theirs, ours, pairs):
             tensors[name].copy_(tensor)
 
 
-def measure(paths: dict, prompts: torch.Tensor, count: int, repeats: int) -> dict[str, dict]:
-    """For each path the seconds of every repeat, and whether its texts are those of the first path."""
-    seconds, texts = {name: [] for name in paths}, {}
+def measure(paths: dict, prompts: torch.Tensor, count: int, repeats: int) -> dict:
+    """For each path the median of tokens per second, and the texts."""
+    seconds, texts = {path: [] for path in paths}, {}
     for repeat in range(repeats + 1):                   # the first warms up
-        for name in list(paths)[::-1 if repeat % 2 else 1]:
+        for path in list(paths)[::-1 if repeat % 2 else 1]:
             began = time.perf_counter()
-            texts[name] = paths[name](prompts, count)
+            texts[path] = paths[path](prompts, count)
             if repeat:
-                seconds[name].append(time.perf_counter() - began)
-    first = next(iter(texts.values()))
-    return {name: {"tokens_per_second": first.numel() / statistics.median(times),
-                   "same_tokens": (texts[name] == first).double().mean().item()} for name, times in seconds.items()}
+                seconds[path].append(time.perf_counter() - began)
+    return {path: (texts[path].numel() / statistics.median(times), texts[path]) for path, times in seconds.items()}
+
+
+def rows_of(found: dict) -> list[dict]:
+    """Of each (dtype, path) its speed, the ratio to transformers' and how many tokens are those of the dtype's first.
+
+    8 and 4 bits, which transformers alone does not do, are set beside its bfloat16, or else its float32.
+    """
+    rows, base = [], {}
+    for (dtype, path), (speed, _) in found.items():
+        if path == "transformers":
+            base[dtype] = speed
+    for (dtype, path), (speed, texts) in found.items():
+        beside = base.get(dtype, base.get("bfloat16", base.get("float32")))
+        first = next(other for (kind, _), (_, other) in found.items() if kind == dtype)
+        rows.append({"dtype": dtype, "path": path, "tokens_per_second": speed, "ratio": beside and speed / beside,
+                     "same_tokens": (texts == first).double().mean().item()})
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="How fast texts are drawn.")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512], help="their lengths")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -121,28 +140,30 @@ def main(argv: list[str] | None = None) -> None:
     result = {"benchmark": "decode", **harness.machine(torch.device("cpu")),
               "capability": torch.backends.cpu.get_cpu_capability(), "shape": arguments.shape,
               "new_tokens": arguments.new_tokens, "rows": []}
-    print(f"{'dtype':>9} {'batch':>5} {'prompt':>6} {'path':>17} {'tokens/s':>9} {'ratio':>6} {'same':>6}")
-    for dtype in arguments.dtypes:
-        torch.manual_seed(0)
-        model = GPT(ModelConfig(**GPT2 | SHAPES[arguments.shape])).eval().to(getattr(torch, dtype))
-        for batch in arguments.batches:
-            made = {"engine": partial(engine_path, model, batch), "transformers": partial(transformers_path, model),
-                    "engine_invariant": partial(engine_path, model, 16, invariant=True),
-                    "engine_lookup": partial(engine_path, model, batch, lookup=8)}
-            paths = {name: made[name]() for name in arguments.paths}
-            if folder:
-                paths["nanogpt"] = nanogpt_path(model, folder)
-            for length in arguments.prompts:
-                prompts = torch.randint(0, model.config.vocab_size, (batch, length),
-                                        generator=torch.Generator().manual_seed(1))
-                rows = measure(paths, prompts, arguments.new_tokens, arguments.repeats)
-                base = rows.get("transformers", next(iter(rows.values())))["tokens_per_second"]
-                for path, row in rows.items():
-                    row = {"dtype": dtype, "batch": batch, "prompt": length, "path": path, **row,
-                           "ratio": row["tokens_per_second"] / base}
-                    result["rows"].append(row)
-                    print(f"{dtype:>9} {batch:5} {length:6} {path:>17} {row['tokens_per_second']:9.1f} "
-                          f"{row['ratio']:6.2f} {row['same_tokens']:6.2f}", flush=True)
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**GPT2 | SHAPES[arguments.shape])).eval()
+    models = {dtype: DTYPES[dtype](model) for dtype in arguments.dtypes}
+    print(f"{'batch':>5} {'prompt':>6} {'dtype':>9} {'path':>17} {'tokens/s':>9} {'ratio':>6} {'same':>6}")
+    for batch in arguments.batches:
+        paths = {}
+        for dtype, made in models.items():
+            makers = {"engine": partial(engine_path, made, batch), "transformers": partial(transformers_path, made),
+                      "engine_invariant": partial(engine_path, made, batch, invariant=True),
+                      "engine_lookup": partial(engine_path, made, batch, lookup=8)}
+            if made.config.weight_bits:
+                del makers["transformers"]
+            elif folder:
+                makers["nanogpt"] = partial(nanogpt_path, made, folder)
+            paths |= {(dtype, path): maker() for path, maker in makers.items()
+                      if path in arguments.paths or path == "nanogpt"}
+        for length in arguments.prompts:
+            prompts = torch.randint(0, model.config.vocab_size, (batch, length),
+                                    generator=torch.Generator().manual_seed(1))
+            for row in rows_of(measure(paths, prompts, arguments.new_tokens, arguments.repeats)):
+                result["rows"].append({"batch": batch, "prompt": length} | row)
+                ratio = f"{row['ratio']:6.2f}" if row["ratio"] else f"{'-':>6}"
+                print(f"{batch:5} {length:6} {row['dtype']:>9} {row['path']:>17} {row['tokens_per_second']:9.1f} "
+                      f"{ratio} {row['same_tokens']:6.2f}", flush=True)
     harness.save(arguments.json, result)
     print(json.dumps(result))
 

@@ -13,6 +13,14 @@ import kernels
 from minigpt.config import ModelConfig
 
 
+def alike(a: list[int], b: list[int]) -> int:
+    """How many of their first tokens are the same."""
+    count = min(len(a), len(b))
+    if a[:count] == b[:count]:
+        return count
+    return next(place for place, (one, other) in enumerate(zip(a, b)) if one != other)
+
+
 class KVCache:
     """Keys and values of `slots` texts of up to `length` tokens, (depth, B, H_kv, S, D) each, allocated once.
 

@@ -84,6 +84,8 @@ def sample(argv: list[str] | None = None) -> None:
                         help="when the context is full: read its second half again (default), or keep that as it is")
     parser.add_argument("--lookup", type=int, default=0, metavar="N",
                         help="guess N tokens at a time from what was said before: faster on repetitive text")
+    parser.add_argument("--draft", metavar="RUN_OR_CHECKPOINT",
+                        help="a smaller model with the same tokenizer, which guesses tokens ahead")
     parser.add_argument("--invariant", action="store_true", help="the same text whatever else is decoded beside it")
     parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
     docs = field_docs(SamplingParams)
@@ -104,7 +106,7 @@ def _sample(arguments):
     from minigpt.engine import load
 
     run = load(arguments.path, arguments.device, past_context=arguments.past_context, invariant=arguments.invariant,
-               lookup=arguments.lookup)
+               lookup=arguments.lookup, draft=arguments.draft)
     prompt = arguments.prompt
     if arguments.stream:
         pieces = run.stream(prompt, params)
@@ -295,7 +297,7 @@ def quantize(argv: list[str] | None = None) -> None:
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--bits", type=int, choices=(8, 4), required=True,
                         help="of each weight; embedding and head take 8 in any case")
-    parser.add_argument("--out", metavar="DIR", help="the checkpoint to write (default: RUN_OR_CHECKPOINT-int8 or -int4)")
+    parser.add_argument("--out", metavar="DIR", help="the checkpoint to write (default: RUN_OR_CHECKPOINT-int8, -int4)")
     parser.add_argument("--text", nargs="+", default=[], metavar="PATH",
                         help="files or folders of UTF-8 text to measure on (default: the run's held-out text)")
     parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")

@@ -301,6 +301,11 @@ class SamplingParams(Section):
     seed: int = setting(0, low=0)
     """Seed of the draws; row i of several samples draws from (seed, i)."""
 
+    @property
+    def is_greedy(self) -> bool:
+        """A temperature so low is taken for 0: logits divided by it may overflow float32."""
+        return self.temperature < 1e-6
+
 
 @dataclass(frozen=True)
 class Config:

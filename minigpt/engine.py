@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from minigpt import checkpoint, sampling
-from minigpt.cache import Decode, KVCache, Prefill
+from minigpt.cache import Decode, KVCache, Prefill, alike
 from minigpt.config import Config, SamplingParams
 from minigpt.device import pick_device
 from minigpt.flat import FlatStep
 from minigpt.model import GPT
 from minigpt.packed import packed, steady_rows
+from minigpt.speculative import Draft, Lookup
 from minigpt.tokenizer import Tokenizer
 
 DEFAULT = SamplingParams()
@@ -83,13 +84,14 @@ class Engine:
     forgotten and the second kept as it was computed (not for learned positions). With `invariant` a request gives
     the same tokens, on a CPU in float32, whatever else is in the batch: rows are as many as products of one kind take,
     and prompts are read in chunks of one size. No token is read that a slot already holds for another request, or for
-    the turn before in a conversation. With `lookup` a request that is alone guesses up to so many tokens at a time,
-    those that stood after its last three or two before, and reads them in one pass; the distribution of its texts
-    is the same. One thread at a time may use it.
+    the turn before in a conversation. A request that is alone may have some tokens guessed, which are then read in one
+    pass; the distribution of its texts is the same (speculative.py): with `lookup` up to so many that stood after its
+    last three or two before, with a `draft`, a smaller model with the same tokenizer, those that this draws. One thread
+    at a time may use it.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, *, slots: int = 0, length: int = 0, invariant: bool = False,
-                 past_context: str = "reread", lookup: int = 0):
+                 past_context: str = "reread", lookup: int = 0, draft: GPT | None = None):
         config, dtype = model.config, model.dtype
         if past_context not in ("reread", "slide"):
             raise ValueError(f"past_context = {past_context!r} is none of: reread, slide")
@@ -98,7 +100,14 @@ class Engine:
         if lookup < 0 or lookup and invariant:
             raise ValueError(f"lookup = {lookup} with invariant = {invariant}: it takes 0 or more tokens, and 0 where "
                              "a text must not depend on whether it is alone")
-        self.model, self.invariant, self.past_context, self.lookup = model, invariant, past_context, lookup
+        if draft is not None and (lookup or invariant):
+            raise ValueError("a draft goes without lookup, and without invariant, where a text must not depend on "
+                             "whether it is alone")
+        if draft is not None and draft.config.vocab_size < len(tokenizer.never_sampled):
+            raise ValueError(f"the draft has {draft.config.vocab_size} tokens, fewer than the tokenizer's "
+                             f"{len(tokenizer.never_sampled)}; take one that was trained with the same tokenizer")
+        self.model, self.invariant, self.past_context = model, invariant, past_context
+        self.guesser = Draft(draft) if draft is not None else Lookup(lookup) if lookup else None
         fits = CACHE_BYTES // KVCache.slot_bytes(config, 0, dtype) - 1
         self.length, self.device = min(length or max(1, fits), config.context_length), model.device
         room = CACHE_BYTES // KVCache.slot_bytes(config, self.length, dtype)
@@ -143,7 +152,7 @@ class Engine:
         while self.queue and self.left:
             request = self.queue[0]
             if not request.is_done and request.slot is None:
-                if any(_common(request.tokens, other.tokens) >= SHARED for other in behind):
+                if any(alike(request.tokens, other.tokens) >= SHARED for other in behind):
                     self._read(behind)                  # then it need not read that itself
                     behind = []
                 self._give_slot(request)
@@ -151,7 +160,7 @@ class Engine:
             self.queue.popleft()
         if behind:
             self._read(behind)
-        if len(self.active) == 1 and going and self._guess(going[0]):
+        if self.guesser and len(self.active) == 1 and going and self._guess(going[0]):
             going = []
         if going:
             going.sort(key=lambda request: request.slot)
@@ -171,7 +180,7 @@ class Engine:
         request.first = max(0, len(request.tokens) - self.length)
         wanted = request.tokens[request.first:-1]
         held = self.left | {slot: other.held for slot, other in self.active.items()}
-        common = {slot: _common(tokens, wanted) for slot, tokens in held.items()}
+        common = {slot: alike(tokens, wanted) for slot, tokens in held.items()}
         source = max(common, key=common.get)
         count = common[source] // CHUNK * CHUNK if self.invariant else common[source]
         slot = source if source in self.left and count else next(
@@ -268,10 +277,14 @@ class Engine:
         """Read the last token and the guesses after it in one pass, and draw until one is wrong; False without any."""
         room = min(self.length - request.stored - 1,
                    request.params.max_new_tokens - len(request.tokens) + request.num_prompt - 1)
-        guesses = _guesses(request.tokens, min(self.lookup, room))
+        try:
+            guesses = self.guesser.guesses(request.tokens, room, partial(self._draw_guess, request))
+        except ValueError as error:
+            request.error, request.is_done = error, True
+            return True
         if not guesses:
             return False
-        ids = torch.tensor([[request.tokens[-1], *guesses]], device=self.device)
+        ids = torch.tensor([[request.tokens[-1], *(token for token, _ in guesses)]], device=self.device)
         reader = self._reader(ids.shape[1])
         hidden = reader.hidden(ids, cache=Prefill(self.cache, (request.slot, request.stored, ids.shape[1])))
         logits = reader.head(hidden[0]).float()                                         # (1 + guesses, V)
@@ -279,11 +292,22 @@ class Engine:
         for place, guess in enumerate([*guesses, None]):
             self._draw([request], logits[place:place + 1], guess)
             request.stored += 1
-            if request.is_done or request.tokens[-1] != guess:
+            if request.is_done or guess is None or request.tokens[-1] != guess[0]:
                 break
         if whole and request.error is None:
             request.reusable = request.stored
         return True
+
+    def _draw_guess(self, request, logits, tokens):
+        """A draft's token, and the probabilities (1, V) it was drawn with, as the request's own are drawn."""
+        logits = logits[:, :self.num_ids].index_fill_(1, self.never, -torch.inf)
+        logits = sampling.process(logits, torch.tensor([tokens], device=self.device), request.params)
+        top, likeliest = logits.max(-1)
+        sampling.check_finite(top, "draft")
+        if request.params.is_greedy:
+            return int(likeliest), None
+        probabilities = logits.softmax(-1)
+        return int(sampling.drawn(probabilities, [request.generator])), probabilities
 
     def _draw(self, requests, logits, guess=None):
         """One token for each request from its row of logits (B, V); an id that no text can have is never drawn."""
@@ -312,24 +336,6 @@ class Engine:
             request.tokens.append(token)
             enough = len(request.tokens) - request.num_prompt >= request.params.max_new_tokens
             request.is_done = enough or token in self.ends
-
-
-def _guesses(tokens, count):
-    """Up to `count` tokens that followed the latest earlier place of the last three, or else two, tokens."""
-    for size in (3, 2) if count > 0 else ():
-        tail = tokens[-size:]
-        for start in range(len(tokens) - size - 1, -1, -1):
-            if tokens[start:start + size] == tail:
-                return tokens[start + size:start + size + count]
-    return []
-
-
-def _common(a, b):
-    """How many of their first tokens are alike."""
-    count = min(len(a), len(b))
-    if a[:count] == b[:count]:
-        return count
-    return next(place for place, (one, other) in enumerate(zip(a, b)) if one != other)
 
 
 def _mixed(*numbers):
@@ -415,13 +421,21 @@ class Run:
         return [roles.document_start] if prompt is None else [*roles.prompt_start, *self.tokenizer.encode(prompt)]
 
 
-def load(path: str | Path, device: str | torch.device | None = None, **engine_options) -> Run:
+def load(path: str | Path, device: str | torch.device | None = None, *, draft: str | Path | None = None,
+         **engine_options) -> Run:
     """Open a run (its newest valid checkpoint) or a checkpoint directory, checked byte by byte.
 
-    `device`: CUDA where there is one, else the CPU, unless given. `engine_options` are those of `Engine`. Raises
-    FileNotFoundError or ValueError naming what is missing or damaged.
+    `device`: CUDA where there is one, else the CPU, unless given. `draft` is another, smaller one with the same
+    tokenizer, `engine_options` are those of `Engine`. Raises FileNotFoundError or ValueError naming what is missing,
+    damaged or unfit.
     """
     found = checkpoint.find(path)
+    if draft is not None:
+        guessing = load(draft, device)
+        fingerprints = [getattr(tokenizer, "fingerprint", None) for tokenizer in (found.tokenizer, guessing.tokenizer)]
+        if None in fingerprints or len(set(fingerprints)) > 1:
+            raise ValueError(f"{draft}: has another tokenizer than {path}; take a draft that was trained with the same")
+        engine_options["draft"] = guessing.model
     found.check_depth()
     with torch.device("meta"):
         found.check_model(GPT(found.config.model, initial=False))

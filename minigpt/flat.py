@@ -37,7 +37,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, tokens, view):
         super().__init__()
-        self.view, self.lines = view, []                                # (name, what it needs, its line)
+        self.view, self.lines = view, []            # (name, what it needs, its line, whether it is needed for itself)
         self.names = {id(tokens): "tokens", id(view.positions(tokens)): "positions"}
         self.globals, self.alive = {}, [tokens, view.positions(tokens)]         # no id may be given twice
 
@@ -58,15 +58,16 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, arguments=(), options=None):
         options = options or {}
         result = op(*arguments, **options)
-        if op._schema.is_mutable:
-            raise RuntimeError(f"{op} writes to what it is given, so a step cannot be recorded")
+        written = [value for value, given in zip(arguments, op._schema.arguments) if given.is_write]
+        if any(id(value) not in self.names for value in written):
+            raise RuntimeError(f"{op} writes to a constant, so a step cannot be recorded")
         if any(id(leaf) in self.names for leaf in tree_flatten((arguments, options))[0]):
             name = f"op_{op.name().replace('::', '_').replace('.', '_')}"
             self.globals[name] = op._op
-            self._note(name, arguments, options, result)
+            self._note(name, arguments, options, result, kept=bool(written))
         return result
 
-    def _note(self, function, arguments, options, result):
+    def _note(self, function, arguments, options, result, kept=False):
         needs = []
 
         def spelled(value):
@@ -82,7 +83,7 @@ class _Recorder(TorchDispatchMode):
         words = [repr(tree_map(spelled, argument)) for argument in arguments]
         words += [f"{key}={tree_map(spelled, value)!r}" for key, value in options.items()]
         name = f"v{len(self.lines)}"
-        self.lines.append((name, needs, f"{name} = {function}({', '.join(words)})"))
+        self.lines.append((name, needs, f"{name} = {function}({', '.join(words)})", kept))
         self._name(result, name)
 
     def _name(self, result, name):
@@ -91,17 +92,17 @@ class _Recorder(TorchDispatchMode):
             self.names[id(result)] = name
         else:                                           # a tuple or list of them
             for index, part in enumerate(result):
-                self.lines.append((f"{name}_{index}", [name], f"{name}_{index} = {name}[{index}]"))
+                self.lines.append((f"{name}_{index}", [name], f"{name}_{index} = {name}[{index}]", False))
                 self._name(part, f"{name}_{index}")
 
     def function(self, result):
         """step(tokens, positions, attend) of the lines that `result` needs."""
-        needed, kept = {self.names[id(result)]}, []
-        for name, needs, line in reversed(self.lines):
-            if name in needed:
+        needed, lines = {self.names[id(result)]}, []
+        for name, needs, line, kept in reversed(self.lines):
+            if name in needed or kept:
                 needed.update(needs)
-                kept.append(line)
-        body = "\n ".join([*reversed(kept), f"return {self.names[id(result)]}"])
+                lines.append(line)
+        body = "\n ".join([*reversed(lines), f"return {self.names[id(result)]}"])
         exec(compile(f"def step(tokens, positions, attend):\n {body}", "<a recorded step>", "exec"), self.globals)
         return self.globals["step"]
 

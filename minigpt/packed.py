@@ -49,6 +49,8 @@ class PackedBfloat16:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
+KERNEL_COLUMNS = 16
+"""Torch's kernel for 8 bits reads so many at a time, and beyond the end of a row that they do not divide."""
 MOST_ROWS = 64
 """With more, it is faster to make a quantized weight whole for a product in floating point."""
 
@@ -58,7 +60,7 @@ class PackedInt8:
 
     @staticmethod
     def takes(layer):
-        return isinstance(layer, QuantizedLinear) and layer.bits == 8 and layer.scales.shape[1] == 1
+        return isinstance(layer, QuantizedLinear) and layer.bits == 8 and layer.in_features % KERNEL_COLUMNS == 0
 
     def __init__(self, layer):
         self.weight, self.scales = layer.packed_weight.detach(), layer.scales.detach()[:, 0]

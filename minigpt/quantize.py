@@ -17,15 +17,12 @@ from safetensors.torch import save_file
 
 from minigpt import checkpoint
 from minigpt.config import SamplingParams
-from minigpt.corpus import beginning, list_documents, open_corpus
 from minigpt.engine import Run, load
 from minigpt.hf import check_free, new_directory
 from minigpt.linear import Quantized
 from minigpt.model import GPT
-from minigpt.scores import must_be_causal, score_documents
+from minigpt.scores import measured_on, must_be_causal, score_documents
 
-MOST_BYTES = 1 << 18
-"""Of a run's own held-out text, from which bits per byte are measured where no other is given."""
 TOKENS, REPEATS = 64, 3
 """Drawn at a time, and how often, to measure the speed."""
 
@@ -54,8 +51,9 @@ def quantize(source: Path, out: Path, bits: int, texts: list[str], device: str |
     before = load(source, device)
     must_be_causal(before)
     if before.model.config.weight_bits:
-        raise ValueError(f"{source}: has {before.model.config.weight_bits} bits already; quantize what it was made from")
-    documents = _documents(before, texts)
+        raise ValueError(f"{source}: has {before.model.config.weight_bits} bits already; quantize what it was made "
+                         "from")
+    documents = measured_on(before, texts)
     made = quantized(before.model, bits)
     config = dataclasses.replace(before.config, model=made.config)
     after = Run(made, before.tokenizer, config, out)
@@ -68,20 +66,6 @@ def quantize(source: Path, out: Path, bits: int, texts: list[str], device: str |
                                       "optimizer.safetensors": partial(save_file, {})},
                          {"quantized": {"bits": bits, "from": str(before.path)}}, config, before.tokenizer)
     return rows
-
-
-def _documents(run, texts):
-    """Those of `texts`, or the beginning of the text that was held out in training."""
-    if texts:
-        return [document for path in texts for document in list_documents(path, key="--text")]
-    data = run.config.data
-    try:
-        if "imported" in checkpoint.find(run.path).state:
-            raise ValueError("it was imported")
-        held_out = open_corpus(data.path, include=data.include, val_path=data.val_path, val_fraction=data.val_fraction)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{run.path}: there is no text to measure it on ({error}); give some by --text") from None
-    return beginning(held_out.val, MOST_BYTES)
 
 
 def _row(name, run, documents):

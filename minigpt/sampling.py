@@ -13,8 +13,6 @@ from minigpt.config import SamplingParams
 
 CANDIDATES = 512
 """A nucleus is looked for among so many tokens first: to sort a large vocabulary takes longer than a small model."""
-GREEDY_BELOW = 1e-6
-"""A lower temperature is taken for 0: logits divided by it may overflow float32."""
 
 
 def repetition_penalty(logits: torch.Tensor, tokens: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -58,7 +56,7 @@ def process(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams) 
     """All of the above in order; `tokens` (B, N) are prompt and text so far. Greedy ends after the penalty."""
     if params.repetition_penalty != 1:
         logits = repetition_penalty(logits, tokens, params.repetition_penalty)
-    if params.temperature < GREEDY_BELOW:
+    if params.is_greedy:
         return logits
     if params.temperature != 1:
         logits = temperature(logits, params.temperature)
@@ -70,27 +68,36 @@ def process(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams) 
 
 
 def sample(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams,
-           generators: list[torch.Generator], guess: int | None = None) -> torch.Tensor:
+           generators: list[torch.Generator], guess: tuple[int, torch.Tensor | None] | None = None) -> torch.Tensor:
     """The next token of each row, (B,) int64; row i draws from generators[i]. Raises ValueError for NaN or inf.
 
-    `tokens` may be None without a repetition penalty. With a `guess`, of a single row, that token is taken with its
-    probability, else one of the others with theirs, so that the distribution is the same (speculative sampling,
-    arXiv 2211.17192, of a draft that is sure of itself).
+    `tokens` may be None without a repetition penalty. With a `guess`, of a single row, (token, the probabilities q
+    (1, V) that it was drawn with, None where it was sure), that token is taken with probability min(1, p / q), else
+    one that is drawn from max(0, p - q): the distribution is p in any case (speculative sampling, arXiv 2211.17192).
     """
     logits = process(logits, tokens, params)
-    greedy = params.temperature < GREEDY_BELOW
-    top, likeliest = logits.max(-1) if greedy else (logits.amax(-1), None)
-    if not all(map(math.isfinite, top.tolist())):
-        raise ValueError("the model's output is not finite, so its weights have diverged or are damaged; sample from "
-                         "an earlier checkpoint, or train anew with a lower optim.learning_rate")
-    if greedy:
+    top, likeliest = logits.max(-1) if params.is_greedy else (logits.amax(-1), None)
+    check_finite(top, "model")
+    if params.is_greedy:
         return likeliest
     probabilities = logits.softmax(-1)
     if guess is not None:
-        if torch.rand((), generator=generators[0], device=logits.device) < probabilities[0, guess]:
-            return torch.tensor([guess], device=logits.device)
-        probabilities[0, guess] = 0
+        token, q = guess
+        if q is None:
+            q = torch.zeros_like(probabilities)
+            q[0, token] = 1
+        if torch.rand((), generator=generators[0], device=logits.device) * q[0, token] < probabilities[0, token]:
+            return torch.tensor([token], device=logits.device)
+        rest = (probabilities - q).clamp_(min=0)
+        probabilities = rest if rest.any() else probabilities               # p = q but for rounding
     return drawn(probabilities, generators)
+
+
+def check_finite(top: torch.Tensor, model: str) -> None:
+    """Raise ValueError for largest logits (B,) of which one is not finite, as none is where a logit is NaN or inf."""
+    if not all(map(math.isfinite, top.tolist())):
+        raise ValueError(f"the {model}'s output is not finite, so its weights have diverged or are damaged; sample "
+                         "from an earlier checkpoint, or train anew with a lower optim.learning_rate")
 
 
 def drawn(probabilities: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:

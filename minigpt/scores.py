@@ -20,13 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minigpt import checkpoint
 from minigpt.config import SamplingParams
-from minigpt.corpus import Document, list_documents
+from minigpt.corpus import Document, beginning, list_documents, open_corpus
 from minigpt.files import named
 from minigpt.objectives import IGNORED
 
 Z = 1.959964
 """Of the normal distribution, 95 % lies within so many standard deviations."""
+MOST_BYTES = 1 << 18
+"""Of a run's held-out text, where no other is given."""
 LARGEST_LOG = math.log(sys.float_info.max)
 GENERATION = {"prompt": str, "references": list}
 CHOICES = {"prompt": str, "choices": list, "answer": int}
@@ -66,6 +69,23 @@ def score_texts(run, paths: Iterable[str], **options) -> list[dict]:
                            **options)
 
 
+def measured_on(run, paths: list[str]) -> list[Document]:
+    """The files of `paths`, or the beginning of the text that was held out when the run was trained.
+
+    Raises ValueError where there is neither.
+    """
+    if paths:
+        return [document for path in paths for document in list_documents(path, key="--text")]
+    data = run.config.data
+    try:
+        if "imported" in checkpoint.find(run.path).state:
+            raise ValueError("it was imported")
+        held_out = open_corpus(data.path, include=data.include, val_path=data.val_path, val_fraction=data.val_fraction)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run.path}: there is no text to measure it on ({error}); give some by --text") from None
+    return beginning(held_out.val, MOST_BYTES)
+
+
 def score_documents(run, documents: Iterable[Document], *, stride: int = 0, batch_size: int = 8) -> list[dict]:
     """For each file, and last for all of them together: bytes, tokens, bits per byte and perplexity, with intervals.
 
@@ -89,7 +109,7 @@ def score_documents(run, documents: Iterable[Document], *, stride: int = 0, batc
                              "leave that out; take another text or a tokenizer that has every byte")
         sizes = np.array([len(run.tokenizer.token_bytes[id]) for id in ids[1:]], float)
         nats = token_nats(run.model, np.array(ids), stride, batch_size)
-        sizes *= (document.end - document.start) / sizes.sum()             # a tokenizer that changes the text has other bytes than it
+        sizes *= (document.end - document.start) / sizes.sum()      # a tokenizer may change the text, and so its bytes
         cuts = np.arange(0, len(nats), stride)
         windows.append(np.stack([np.add.reduceat(x, cuts) for x in (nats, sizes, np.ones(len(nats)))]))
         rows.append({"file": document.name} | _text_row(windows[-1]))

@@ -501,7 +501,7 @@ def test_guesses_save_steps_where_a_text_repeats_itself():
 def test_a_guess_leaves_the_distribution_as_it_is(guess):
     logits = torch.tensor([[1.0, 0.2, -0.5, -torch.inf]])
     params, generator = SamplingParams(temperature=1.0, top_p=1.0), torch.Generator().manual_seed(0)
-    drawn = torch.cat([sampling.sample(logits, None, params, [generator], guess) for _ in range(8000)])
+    drawn = torch.cat([sampling.sample(logits, None, params, [generator], (guess, None)) for _ in range(8000)])
     expected = logits.softmax(-1)[0]
     error = (drawn.bincount(minlength=4) / 8000 - expected).abs()
     assert (error <= 4 * (expected * (1 - expected) / 8000).sqrt()).all()
