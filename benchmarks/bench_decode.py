@@ -1,7 +1,8 @@
 """How fast texts are drawn: the engine beside transformers' `generate` and nanoGPT's sampler, on the same weights.
 
     python -m benchmarks.bench_decode [--dtypes float32 bfloat16 int8 int4] [--prompts 32 512] [--batches 1 16]
-        [--repeats 5] [--new-tokens 64] [--shape gpt2|toy] [--peer nanogpt=FOLDER] [--json FILE]
+        [--repeats 5] [--new-tokens 64] [--shape gpt2|toy|1b] [--device cpu] [--peer nanogpt=FOLDER]
+        [--json FILE]
 
 Random weights of GPT-2 124M, greedy, no end token. Each repeat draws the same texts by every path in turn, in another
 order each time; given are medians of tokens per second, ratios to transformers', and how many tokens are those of the
@@ -15,7 +16,6 @@ import copy
 import importlib.util
 import json
 import statistics
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -23,14 +23,20 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
+from minigpt.checkpoint import model_tensors
+from minigpt.cli import Parser
 from minigpt.config import GPT2, ModelConfig, SamplingParams
 from minigpt.engine import Engine
-from minigpt.families import FAMILIES
+from minigpt.families import family_for
 from minigpt.model import GPT
 from minigpt.quantize import quantized
 from minigpt.tokenizer import Roles
 
-SHAPES = {"gpt2": dict(depth=12, width=768, num_heads=12), "toy": dict(depth=1, width=64, num_heads=1, vocab_size=256)}
+SHAPES = {"gpt2": GPT2 | dict(depth=12, width=768, num_heads=12),
+          "toy": GPT2 | dict(depth=1, width=64, num_heads=1, vocab_size=256),
+          "1b": dict(vocab_size=128256, context_length=4096, depth=16, width=2048, num_heads=32, num_kv_heads=8,
+                     mlp="swiglu", mlp_width=8192, qk_norm=False, rope_base=500000.0)}
+"""The last is that of Llama 3.2 1B."""
 DTYPES = {"float32": lambda model: model, "bfloat16": lambda model: copy.deepcopy(model).to(torch.bfloat16),
           "int8": partial(quantized, bits=8), "int4": partial(quantized, bits=4)}
 PATHS = ("engine", "engine_invariant", "engine_lookup", "transformers", "nanogpt")
@@ -62,9 +68,12 @@ def transformers_path(model):
     import transformers
 
     transformers.logging.set_verbosity_error()
-    config = FAMILIES["gpt2"].config(model.config) | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval().to(model.dtype)
-    load(theirs, model, FAMILIES["gpt2"].pairs(model.config))
+    kind, family = family_for(model.config, "causal")
+    config = family.config(model.config) | dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    with torch.device(model.device):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
+    theirs = theirs.eval().to(model.dtype)
+    load(theirs, model, family.pairs(model.config))
     return lambda prompts, count: theirs.generate(
         prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=count,
         pad_token_id=0)[:, prompts.shape[1]:]
@@ -79,7 +88,7 @@ def nanogpt_path(model, folder):
     config = model.config
     theirs = module.GPT(module.GPTConfig(
         block_size=config.context_length, vocab_size=config.vocab_size, n_layer=config.depth, n_head=config.num_heads,
-        n_embd=config.width, dropout=0.0, bias=True)).eval().to(model.dtype)
+        n_embd=config.width, dropout=0.0, bias=True)).eval().to(model.device, model.dtype)
     load(theirs, model, NANOGPT.pairs(config))
     return lambda prompts, count: theirs.generate(prompts, count, top_k=1)[:, prompts.shape[1]:]
 
@@ -98,14 +107,15 @@ def measure(paths: dict, prompts: torch.Tensor, count: int, repeats: int) -> dic
     for repeat in range(repeats + 1):                   # the first warms up
         for path in list(paths)[::-1 if repeat % 2 else 1]:
             began = time.perf_counter()
-            texts[path] = paths[path](prompts, count)
+            texts[path] = paths[path](prompts, count).cpu()
             if repeat:
                 seconds[path].append(time.perf_counter() - began)
     return {path: (texts[path].numel() / statistics.median(times), texts[path]) for path, times in seconds.items()}
 
 
-def rows_of(found: dict) -> list[dict]:
-    """Of each (dtype, path) its speed, the ratio to transformers' and how many tokens are those of the dtype's first.
+def rows_of(found: dict, size_of: dict[str, int]) -> list[dict]:
+    """Of each (dtype, path) its speed, the ratio to transformers', how many tokens are those of the dtype's first, and
+    how fast weights, `size_of` their dtype, are read where each pass reads all of them and gives a token a text.
 
     8 and 4 bits, which transformers alone does not do, are set beside its bfloat16, or else its float32.
     """
@@ -117,12 +127,13 @@ def rows_of(found: dict) -> list[dict]:
         beside = base.get(dtype, base.get("bfloat16", base.get("float32")))
         first = next(other for (kind, _), (_, other) in found.items() if kind == dtype)
         rows.append({"dtype": dtype, "path": path, "tokens_per_second": speed, "ratio": beside and speed / beside,
-                     "same_tokens": (texts == first).double().mean().item()})
+                     "same_tokens": (texts == first).double().mean().item(),
+                     "weight_bytes_per_second": speed / len(texts) * size_of[dtype]})
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="How fast texts are drawn.")
+    parser = Parser(prog="bench_decode", description="How fast texts are drawn.")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512], help="their lengths")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
@@ -130,20 +141,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shape", default="gpt2", choices=SHAPES)
     parser.add_argument("--paths", nargs="+", default=PATHS[:4], choices=PATHS[:4])
-    parser.add_argument("--peer", help="nanogpt=FOLDER, which holds nanoGPT's model.py")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    harness.add_peers(parser)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args(argv)
-    name, _, folder = (arguments.peer or "").partition("=")
-    if arguments.peer and (name != "nanogpt" or not Path(folder, "model.py").is_file()):
-        sys.exit(f"error: --peer {arguments.peer}: give nanogpt=FOLDER, a folder that holds model.py")
+    harness.check_device(parser, arguments.device)
+    folders = {peer.partition("=")[0]: harness.folder_of_peer(parser, peer) for peer in arguments.peer}
+    nanogpt = folders.get("nanogpt")
 
-    result = {"benchmark": "decode", **harness.machine(torch.device("cpu")),
+    result = {"benchmark": "decode", **harness.machine(torch.device(arguments.device)),
               "capability": torch.backends.cpu.get_cpu_capability(), "shape": arguments.shape,
               "new_tokens": arguments.new_tokens, "rows": []}
     torch.manual_seed(0)
-    model = GPT(ModelConfig(**GPT2 | SHAPES[arguments.shape])).eval()
+    with torch.device(arguments.device):
+        model = GPT(ModelConfig(**SHAPES[arguments.shape])).eval()
     models = {dtype: DTYPES[dtype](model) for dtype in arguments.dtypes}
-    print(f"{'batch':>5} {'prompt':>6} {'dtype':>9} {'path':>17} {'tokens/s':>9} {'ratio':>6} {'same':>6}")
+    size_of = {dtype: sum(tensor.nbytes for tensor in model_tensors(made).values()) for dtype, made in models.items()}
+    print(f"{'batch':>5} {'prompt':>6} {'dtype':>9} {'path':>17} {'tokens/s':>9} {'ratio':>6} {'same':>6} {'GB/s':>6}")
     for batch in arguments.batches:
         paths = {}
         for dtype, made in models.items():
@@ -152,18 +166,18 @@ def main(argv: list[str] | None = None) -> None:
                       "engine_lookup": partial(engine_path, made, batch, lookup=8)}
             if made.config.weight_bits:
                 del makers["transformers"]
-            elif folder:
-                makers["nanogpt"] = partial(nanogpt_path, made, folder)
+            elif nanogpt:
+                makers["nanogpt"] = partial(nanogpt_path, made, nanogpt)
             paths |= {(dtype, path): maker() for path, maker in makers.items()
                       if path in arguments.paths or path == "nanogpt"}
         for length in arguments.prompts:
             prompts = torch.randint(0, model.config.vocab_size, (batch, length),
-                                    generator=torch.Generator().manual_seed(1))
-            for row in rows_of(measure(paths, prompts, arguments.new_tokens, arguments.repeats)):
+                                    generator=torch.Generator().manual_seed(1)).to(arguments.device)
+            for row in rows_of(measure(paths, prompts, arguments.new_tokens, arguments.repeats), size_of):
                 result["rows"].append({"batch": batch, "prompt": length} | row)
                 ratio = f"{row['ratio']:6.2f}" if row["ratio"] else f"{'-':>6}"
                 print(f"{batch:5} {length:6} {row['dtype']:>9} {row['path']:>17} {row['tokens_per_second']:9.1f} "
-                      f"{ratio} {row['same_tokens']:6.2f}", flush=True)
+                      f"{ratio} {row['same_tokens']:6.2f} {row['weight_bytes_per_second'] / 1e9:6.1f}", flush=True)
     harness.save(arguments.json, result)
     print(json.dumps(result))
 

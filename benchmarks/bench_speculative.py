@@ -9,11 +9,9 @@ path in turn, in another order each time; given are medians of tokens per second
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import torch
 
 import minigpt
 from benchmarks import harness
+from minigpt.cli import Parser
 from minigpt.config import SamplingParams
 from minigpt.engine import Engine
 from minigpt.scores import measured_on
@@ -53,7 +52,7 @@ def draw(engine, prompts, params):
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="How much faster texts come when tokens are guessed.")
+    parser = Parser(prog="bench_speculative", description="How much faster texts come when tokens are guessed.")
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--draft", required=True, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         run, draft = minigpt.load(arguments.run, arguments.device, draft=arguments.draft), minigpt.load(arguments.draft)
         prompts = prompts_of(run, arguments.text, arguments.prompts)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        parser.error(error)
     engines = {"engine": Engine(run.model, run.tokenizer, slots=1), "lookup": Engine(
         run.model, run.tokenizer, slots=1, lookup=8), "draft": run.engine}
     result = {"benchmark": "speculative", **harness.machine(torch.device(arguments.device)),

@@ -37,6 +37,7 @@ TINY = {"attention": ["--tokens", "64", "--width", "32", "--lengths", "32", "--h
         "split_heads": ["--repeats", "2"],
         "decode_attention": ["--lengths", "16", "--repeats", "2"],
         "quantized_linear": ["--sizes", "128", "--repeats", "2"],
+        "decode": ["--new-tokens", "4", "--repeats", "1"],
         "train": ["--model.preset=tiny", "--model.context_length=16", "--model.depth=1", "--model.width=32",
                   "--model.vocab_size=512", "--train.batch_size=2", "--repeats", "2"]}
 """What benchmarks are given on a CPU."""
@@ -88,6 +89,8 @@ def steps(device: str, peers: list[str]) -> list[Step]:
         "linear_cross_entropy": ("linear_cross_entropy", 90, []),
         "decode_attention": ("decode_attention", 60, []),
         "quantized_linear": ("quantized_linear", 60, []),
+        "decode": ("decode", 150, ["--shape", "toy" if device == "cpu" else "1b", "--dtypes", "bfloat16", "--paths",
+                                   "engine", "--prompts", "32"]),
         "activations": ("activations", 60, []),
         "rotary": ("rotary", 60, []),
         "split_heads": ("split_heads", 60, []),

@@ -101,8 +101,8 @@ class Decode:
         positions = [max(0, length) for length in lengths.values()]
         seen = [length + 1 for length in lengths.values()]                             # 0 where idle
         self.cache, self.runs = cache, []
-        slots, places, self._positions, self.seen = torch.tensor([list(lengths), places, positions, seen],
-                                                                 device=cache.keys.device).unbind()
+        self.numbers = torch.tensor([list(lengths), places, positions, seen], device=cache.keys.device)
+        slots, places, self._positions, self.seen = self.numbers.unbind()
         self.place = slots, places
         for row, slot in enumerate(lengths):            # neighbours in the cache are attended to in one call
             if self.runs and self.runs[-1][1].stop == slot:
@@ -110,6 +110,10 @@ class Decode:
                 self.runs[-1] = slice(rows.start, row + 1), slice(slots.start, slot + 1)
             else:
                 self.runs.append((slice(row, row + 1), slice(slot, slot + 1)))
+
+    def take(self, other: Decode) -> None:
+        """Become, in the same memory, what `other` is, a view of the same slots."""
+        self.numbers.copy_(other.numbers)
 
     def positions(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B,)"""

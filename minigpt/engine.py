@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import kernels
 from minigpt import checkpoint, sampling
 from minigpt.cache import Decode, KVCache, Prefill, alike
 from minigpt.config import Config, SamplingParams
 from minigpt.device import pick_device
-from minigpt.flat import FlatStep
+from minigpt.flat import FlatStep, GraphStep
 from minigpt.model import GPT
 from minigpt.packed import packed, steady_rows
 from minigpt.speculative import Draft, Lookup
@@ -261,7 +262,9 @@ class Engine:
     def _step_of(self, rows):
         """The step that decodes so many rows, the same function each time."""
         if rows not in self._steps:
-            self._steps[rows] = FlatStep(self._reader(rows))
+            in_graph = self.device.type == "cuda" and kernels.explain()["decode_attention"][0] == "triton"
+            self._steps[rows] = (GraphStep(self._reader(rows), self.cache, rows) if in_graph
+                                 else FlatStep(self._reader(rows)))
         return self._steps[rows]
 
     @cached_property

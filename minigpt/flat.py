@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from minigpt.cache import Decode
+from minigpt.cache import Decode, KVCache
 from minigpt.model import GPT
 
 
@@ -30,6 +30,40 @@ class FlatStep:
             self._run = recorder.function(logits)
             return logits
         return self._run(tokens, view.positions(tokens), view.attend)
+
+
+class GraphStep:
+    """The same on a GPU, as a CUDA graph: one launch for a step of slots 0 to `rows` - 1."""
+
+    def __init__(self, model: GPT, cache: KVCache, rows: int):
+        self.model, self.view, self._replay = model, Decode(cache, dict.fromkeys(range(rows), -1)), None
+        self.tokens = torch.zeros(1, rows, dtype=torch.int64, device=cache.keys.device)
+
+    def __call__(self, tokens: torch.Tensor, view: Decode) -> torch.Tensor:
+        self.tokens.copy_(tokens)
+        self.view.take(view)
+        if self._replay is None:
+            self._replay = captured(
+                lambda: self.model.head(self.model.hidden(self.tokens, cache=self.view)[0]).float())
+        return self._replay()
+
+
+def captured(function):
+    """A function that replays, as a CUDA graph, what `function` does, and gives the tensor that it gives."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):                     # kernels are compiled and libraries begun outside the graph
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+
+    def replay():
+        graph.replay()
+        return result
+    return replay
 
 
 class _Recorder(TorchDispatchMode):

@@ -232,7 +232,7 @@ def test_the_steps_are_all_checks_then_all_speeds():
         assert {step.command[1] for step in speeds} == {
             f"benchmarks.bench_{op}" for op in ("attention", "layer_norm", "rms_norm", "linear_cross_entropy", "train",
                                                 "activations", "rotary", "split_heads", "decode_attention",
-                                                "quantized_linear")}
+                                                "quantized_linear", "decode")}
         assert [step.name for step in steps if not step.decides][0] == "descriptors"
 
 

@@ -6,8 +6,9 @@ from compare import assert_close
 from twins import random_model
 
 from kernels.reference import dequantize
+from minigpt import flat
 from minigpt.cache import Decode, KVCache
-from minigpt.flat import FlatStep
+from minigpt.flat import FlatStep, GraphStep
 from minigpt.linear import Linear, QuantizedLinear
 from minigpt.packed import PRODUCTS, packed, steady_rows
 from minigpt.quantize import quantized
@@ -104,3 +105,18 @@ def test_ops_that_write_are_recorded_and_constants_stay():
                                                      residual)
     with pytest.raises(RuntimeError, match="writes to a constant"):
         FlatStep(model)(torch.tensor([[5]]), view)
+
+
+@torch.inference_mode()
+def test_a_step_in_a_graph_takes_new_tokens_and_lengths(monkeypatch):
+    """What a graph replays works in the memory of its first step; here a replay is a call, as there is no GPU."""
+    calls = []
+    monkeypatch.setattr(flat, "captured", lambda function: calls.append(1) or function)
+    model = random_model(context_length=40)
+    caches = [KVCache(model.config, 3, 40, torch.device("cpu"), torch.float32) for _ in range(2)]
+    step = GraphStep(model, caches[0], 2)
+    for number, lengths in enumerate(({0: 0, 1: 5}, {0: 1, 1: -1}, {0: 2, 1: 6})):
+        tokens = torch.tensor([[number, 9 - number]])
+        made = step(tokens, Decode(caches[0], lengths)).clone()
+        assert torch.equal(made, model.head(model.hidden(tokens, cache=Decode(caches[1], lengths))[0]))
+    assert calls == [1] and torch.equal(caches[0].keys, caches[1].keys)

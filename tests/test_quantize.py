@@ -84,8 +84,9 @@ def test_the_command(run, tmp_path, capsys, bits):
 
 
 def test_a_table_and_a_text_of_ones_own(run, tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("A cat sat on the mat.\n" * 20, "utf-8")
-    cli.main(["quantize", str(run), "--bits", "8", "--out", str(tmp_path / "made"), "--text", str(tmp_path / "mine.txt")])
+    text = tmp_path / "mine.txt"
+    text.write_text("A cat sat on the mat.\n" * 20, "utf-8")
+    cli.main(["quantize", str(run), "--bits", "8", "--out", str(tmp_path / "made"), "--text", str(text)])
     names, before, after, path = capsys.readouterr().out.splitlines()
     assert names.split("  ")[-1] == "tokens per second" and "float32" in before and "8 bits" in after
     assert path == str(tmp_path / "made") and (tmp_path / "made/manifest.json").is_file()

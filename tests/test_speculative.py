@@ -73,7 +73,7 @@ def constant_model(logits):
 
 
 def test_texts_with_a_draft_are_drawn_from_the_models_distribution():
-    """Of four tokens with known probabilities, by a draft that thinks otherwise; each place and each pair is counted."""
+    """Of four tokens with known probabilities, by a draft that thinks otherwise; places and pairs are counted."""
     ids = TOKENIZER.encode("abcd")
     model = constant_model(dict(zip(ids, (1.0, 0.5, -0.5, -1.0))))
     draft = constant_model(dict(zip(ids, (-1.0, 0.5, 1.5, 0.0))))
