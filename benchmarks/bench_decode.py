@@ -11,7 +11,6 @@ dtype's first path. A toy model, of one layer, width 64 and 256 tokens, shows wh
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import json

@@ -237,7 +237,7 @@ class Engine:
         slots = sorted(self._with_idle(lengths))
         ids = torch.tensor([[last.get(slot, 0) for slot in slots]], device=self.device)
         view = Decode(self.cache, {slot: lengths.get(slot, -1) for slot in slots})
-        logits = self._step_of(len(slots))(ids, view)
+        logits = self._logits(ids, view)
         for request in requests:
             request.reusable += not self.invariant and request.reusable == request.stored
             request.stored += 1
@@ -259,13 +259,16 @@ class Engine:
         unpacked = rows == 1 and not self.invariant and self._is_large and "_packed" not in self.__dict__
         return self.model if unpacked else self._packed
 
-    def _step_of(self, rows):
-        """The step that decodes so many rows, the same function each time."""
-        if rows not in self._steps:
-            in_graph = self.device.type == "cuda" and kernels.explain()["decode_attention"][0] == "triton"
-            self._steps[rows] = (GraphStep(self._reader(rows), self.cache, rows) if in_graph
-                                 else FlatStep(self._reader(rows)))
-        return self._steps[rows]
+    def _logits(self, ids, view):
+        """Read ids (1, T); gives the logits (T, V), by a step that was made for as many before."""
+        rows, reader = ids.shape[1], self._reader(ids.shape[1])
+        graphs = isinstance(view, Decode) and self.device.type == "cuda"
+        if graphs and kernels.explain()["decode_attention"][0] == "triton":
+            key = reader, rows
+            step = self._steps.get(key) or self._steps.setdefault(key, GraphStep(reader, self.cache, rows))
+        else:
+            step = self._steps.get(reader) or self._steps.setdefault(reader, FlatStep(reader))
+        return step(ids, view)
 
     @cached_property
     def _is_large(self):
@@ -288,9 +291,7 @@ class Engine:
         if not guesses:
             return False
         ids = torch.tensor([[request.tokens[-1], *(token for token, _ in guesses)]], device=self.device)
-        reader = self._reader(ids.shape[1])
-        hidden = reader.hidden(ids, cache=Prefill(self.cache, (request.slot, request.stored, ids.shape[1])))
-        logits = reader.head(hidden[0]).float()                                         # (1 + guesses, V)
+        logits = self._logits(ids, Prefill(self.cache, (request.slot, request.stored, ids.shape[1])))
         whole = request.reusable == request.stored
         for place, guess in enumerate([*guesses, None]):
             self._draw([request], logits[place:place + 1], guess)

@@ -9,27 +9,31 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from minigpt.cache import Decode, KVCache
+from minigpt.cache import Decode, KVCache, Prefill
 from minigpt.model import GPT
 
 
 class FlatStep:
-    """step(tokens (1, B), view) gives the logits (B, V) in float32, as `model.hidden` and `model.head` do, for one B.
+    """step(tokens (1, T), view) gives the logits (T, V) in float32, as `model.hidden` and `model.head` do.
 
-    The first call is recorded; the model's weights must stay where they are.
+    The first call with so many tokens is recorded. The model's weights must stay where they are.
     """
 
     def __init__(self, model: GPT):
-        self.model, self._run = model, None
+        self.model, self.runs = model, {}
+        """runs: {T: what replays the step, None where it is run anew}"""
 
-    def __call__(self, tokens: torch.Tensor, view: Decode) -> torch.Tensor:
-        if self._run is None:
-            recorder = _Recorder(tokens, view)
-            with recorder:
-                logits = self.model.head(self.model.hidden(tokens, cache=recorder)[0]).float()
-            self._run = recorder.function(logits)
-            return logits
-        return self._run(tokens, view.positions(tokens), view.attend)
+    def __call__(self, tokens: torch.Tensor, view: Decode | Prefill) -> torch.Tensor:
+        T = tokens.shape[1]
+        if self.runs.get(T):
+            return self.runs[T](tokens, view.positions(tokens), view.attend)
+        if T in self.runs:                              # it writes to what it is given, and is not recorded
+            return self.model.head(self.model.hidden(tokens, cache=view)[0]).float()
+        recorder = _Recorder(tokens, view)
+        with recorder:
+            logits = self.model.head(self.model.hidden(tokens, cache=recorder)[0]).float()
+        self.runs[T] = None if recorder.writes else recorder.function(logits)
+        return logits
 
 
 class GraphStep:
@@ -71,16 +75,17 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, tokens, view):
         super().__init__()
-        self.view, self.lines = view, []            # (name, what it needs, its line, whether it is needed for itself)
-        self.names = {id(tokens): "tokens", id(view.positions(tokens)): "positions"}
-        self.globals, self.alive = {}, [tokens, view.positions(tokens)]         # no id may be given twice
+        self.view, self.writes, self.lines = view, False, []            # (name, what it needs, its line)
+        self.given = view.positions(tokens)
+        self.names = {id(tokens): "tokens", id(self.given): "positions"}
+        self.globals, self.alive = {}, [tokens]                                 # no id may be given twice
 
     @classmethod
     def _should_skip_dynamo(cls):
         return False                                    # or torch imports its compiler, which takes a second
 
     def positions(self, tokens):
-        return self.view.positions(tokens)
+        return self.given
 
     def attend(self, layer, q, k, v, window):
         """Not looked into, as what it reads grows with the text."""
@@ -92,16 +97,14 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, arguments=(), options=None):
         options = options or {}
         result = op(*arguments, **options)
-        written = [value for value, given in zip(arguments, op._schema.arguments) if given.is_write]
-        if any(id(value) not in self.names for value in written):
-            raise RuntimeError(f"{op} writes to a constant, so a step cannot be recorded")
+        self.writes |= op._schema.is_mutable
         if any(id(leaf) in self.names for leaf in tree_flatten((arguments, options))[0]):
             name = f"op_{op.name().replace('::', '_').replace('.', '_')}"
             self.globals[name] = op._op
-            self._note(name, arguments, options, result, kept=bool(written))
+            self._note(name, arguments, options, result)
         return result
 
-    def _note(self, function, arguments, options, result, kept=False):
+    def _note(self, function, arguments, options, result):
         needs = []
 
         def spelled(value):
@@ -117,7 +120,7 @@ class _Recorder(TorchDispatchMode):
         words = [repr(tree_map(spelled, argument)) for argument in arguments]
         words += [f"{key}={tree_map(spelled, value)!r}" for key, value in options.items()]
         name = f"v{len(self.lines)}"
-        self.lines.append((name, needs, f"{name} = {function}({', '.join(words)})", kept))
+        self.lines.append((name, needs, f"{name} = {function}({', '.join(words)})"))
         self._name(result, name)
 
     def _name(self, result, name):
@@ -126,14 +129,14 @@ class _Recorder(TorchDispatchMode):
             self.names[id(result)] = name
         else:                                           # a tuple or list of them
             for index, part in enumerate(result):
-                self.lines.append((f"{name}_{index}", [name], f"{name}_{index} = {name}[{index}]", False))
+                self.lines.append((f"{name}_{index}", [name], f"{name}_{index} = {name}[{index}]"))
                 self._name(part, f"{name}_{index}")
 
     def function(self, result):
         """step(tokens, positions, attend) of the lines that `result` needs."""
         needed, lines = {self.names[id(result)]}, []
-        for name, needs, line, kept in reversed(self.lines):
-            if name in needed or kept:
+        for name, needs, line in reversed(self.lines):
+            if name in needed:
                 needed.update(needs)
                 lines.append(line)
         body = "\n ".join([*reversed(lines), f"return {self.names[id(result)]}"])

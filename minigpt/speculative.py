@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from minigpt.cache import Decode, KVCache, Prefill, alike
+from minigpt.cache import KVCache, Prefill, alike
 from minigpt.flat import FlatStep
 from minigpt.model import GPT
 from minigpt.packed import packed
@@ -61,8 +61,8 @@ class Draft:
         """The logits (1, V) after the last token of `window`."""
         start = len(self.held)
         ids = torch.tensor([window[start:]], device=self.cache.keys.device)
-        if ids.shape[1] == 1:
-            logits = self.step(ids, Decode(self.cache, {0: start}))
+        if ids.shape[1] <= 1 + self.MOST:               # as after its guesses were checked
+            logits = self.step(ids, Prefill(self.cache, (0, start, ids.shape[1])))[-1:]
         else:
             hidden = self.model.hidden(ids, cache=Prefill(self.cache, (0, start, ids.shape[1])))
             logits = self.model.head(hidden[:, -1]).float()
