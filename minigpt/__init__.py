@@ -9,8 +9,8 @@ import importlib
 
 __version__ = "0.1.0"
 
-_HOMES = {"load": "engine", "SamplingParams": "config", "Tokenizer": "tokenizer", "GPT": "model",
-          "ModelConfig": "config"}
+_HOMES = {"load": "engine", "Engine": "engine", "SamplingParams": "config", "Tokenizer": "tokenizer",
+          "GPT": "model", "ModelConfig": "config"}
 __all__ = list(_HOMES)
 
 
