@@ -118,7 +118,7 @@ class Engine:
         """Numbers of rows that a step may have."""
         self.cache = KVCache(config, self.rows[-1], places, self.device, dtype)
         self.num_ids = len(tokenizer.never_sampled)
-        self.never = torch.from_numpy(tokenizer.never_sampled.nonzero()[0]).to(self.device)
+        self.never = torch.from_numpy(np.flatnonzero(tokenizer.never_sampled)).to(self.device)
         self.ends = frozenset(tokenizer.roles.end_tokens)
         self._steps = {}
         self.queue, self.active = deque(), {}
@@ -262,13 +262,17 @@ class Engine:
     def _logits(self, ids, view):
         """Read ids (1, T); gives the logits (T, V), by a step that was made for as many before."""
         rows, reader = ids.shape[1], self._reader(ids.shape[1])
-        graphs = isinstance(view, Decode) and self.device.type == "cuda"
-        if graphs and kernels.explain()["decode_attention"][0] == "triton":
+        if self._in_graphs and isinstance(view, Decode):
             key = reader, rows
             step = self._steps.get(key) or self._steps.setdefault(key, GraphStep(reader, self.cache, rows))
         else:
             step = self._steps.get(reader) or self._steps.setdefault(reader, FlatStep(reader))
         return step(ids, view)
+
+    @cached_property
+    def _in_graphs(self):
+        """The reference of the attention asks the GPU for lengths, which a graph cannot hold."""
+        return self.device.type == "cuda" and kernels.explain()["decode_attention"][0] == "triton"
 
     @cached_property
     def _is_large(self):

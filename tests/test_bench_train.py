@@ -139,9 +139,8 @@ def test_values_are_counted_where_they_are_moved(qk_norm, capsys):
     """Two query heads, one for keys and one for values: 3 of 4 are read and written, backward all are written."""
     *_, groups = profile(capsys, "--model.num_kv_heads=1", f"--model.qk_norm={str(qk_norm).lower()}")
     head, tables, weights = B * T * C // 2 * 2, 2 * T * C // 2 // 2 * 4, 2 * C // 2 * 4 * qk_norm
-    positions = T * 8
-    forward = 3 * head + 3 * head + tables + positions + weights
-    backward = 4 * head + 3 * head * qk_norm + 4 * head + tables + positions + 2 * weights
+    forward = 3 * head + 3 * head + tables + weights
+    backward = 4 * head + 3 * head * qk_norm + 4 * head + tables + 2 * weights
     assert groups["heads"].num_bytes == L * (forward + backward)
 
 

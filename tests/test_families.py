@@ -107,7 +107,7 @@ def test_greedy_text_is_that_of_transformers(name, saved):
     prompt = TOKENS[0, :4]
     expected = theirs.generate(prompt[None], max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
     engine = Engine(read(folder), Tokenizer.train((), kind="bytes"))
-    engine.never = torch.zeros(53, dtype=torch.bool)
+    engine.never = torch.zeros(0, dtype=torch.int64)
     engine.ends = frozenset()
     request = engine.submit(prompt.tolist(), SamplingParams(max_new_tokens=10, temperature=0.0))
     while engine.step():
