@@ -134,10 +134,10 @@ def rows_of(found: dict, size_of: dict[str, int]) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="bench_decode", description="How fast texts are drawn.")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512], help="their lengths")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompts", type=harness.positive, nargs="+", default=[32, 512], help="their lengths")
+    parser.add_argument("--batches", type=harness.positive, nargs="+", default=[1, 16])
+    parser.add_argument("--new-tokens", type=harness.positive, default=64)
+    parser.add_argument("--repeats", type=harness.positive, default=5)
     parser.add_argument("--shape", default="gpt2", choices=SHAPES)
     parser.add_argument("--paths", nargs="+", default=PATHS[:4], choices=PATHS[:4])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -145,6 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args(argv)
     harness.check_device(parser, arguments.device)
+    harness.check_file(parser, "json", arguments.json)
+    if arguments.paths == ["transformers"] and not {"float32", "bfloat16"} & set(arguments.dtypes):
+        parser.error("transformers draws nothing in 8 or 4 bits; take other --dtypes or --paths")
     folders = {peer.partition("=")[0]: harness.folder_of_peer(parser, peer) for peer in arguments.peer}
     nanogpt = folders.get("nanogpt")
 

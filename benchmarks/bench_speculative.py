@@ -43,6 +43,7 @@ def draw(engine, prompts, params):
     tokens = passes = 0
     for row, prompt in enumerate(prompts):
         request = engine.submit(prompt, params, row)
+        passes += 1
         while engine.step():
             passes += 1
         if request.error:
@@ -56,14 +57,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--draft", required=True, metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=harness.positive, default=8)
+    parser.add_argument("--new-tokens", type=harness.positive, default=128)
     parser.add_argument("--text", nargs="+", default=[], metavar="PATH")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=harness.positive, default=3)
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     arguments = parser.parse_args(argv)
+    harness.check_file(parser, "json", arguments.json)
     try:
+        settings = [SamplingParams(temperature=temperature, max_new_tokens=arguments.new_tokens)
+                    for temperature in arguments.temperatures]
         run, draft = minigpt.load(arguments.run, arguments.device, draft=arguments.draft), minigpt.load(arguments.draft)
         prompts = prompts_of(run, arguments.text, arguments.prompts)
     except (OSError, ValueError) as error:
@@ -74,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
               "parameters": run.model.num_parameters, "draft_parameters": draft.model.num_parameters,
               "new_tokens": arguments.new_tokens, "rows": []}
     print(f"{'temperature':>11} {'path':>7} {'tokens/s':>9} {'ratio':>6} {'tokens a pass':>13}")
-    for temperature in arguments.temperatures:
-        params = SamplingParams(temperature=temperature, max_new_tokens=arguments.new_tokens)
+    for params in settings:
+        temperature = params.temperature
         found = {path: [] for path in engines}
         for repeat in range(arguments.repeats + 1):     # the first warms up
             for path in list(engines)[::-1 if repeat % 2 else 1]:
@@ -83,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
                 began = time.perf_counter()
                 tokens, passes = draw(engines[path], prompts, chosen)
                 if repeat:
-                    found[path].append((tokens / (time.perf_counter() - began), tokens / max(1, passes)))
+                    found[path].append((tokens / (time.perf_counter() - began), tokens / passes))
         speeds = {path: [statistics.median(values) for values in zip(*measured)] for path, measured in found.items()}
         for path, (speed, a_pass) in speeds.items():
             ratio = speed / speeds["engine"][0]

@@ -109,11 +109,7 @@ def parse(options: Parser, arguments: list[str] | None) -> argparse.Namespace:
     for peer in chosen.peer:
         sys.path.insert(0, folder_of_peer(options, peer))
     for name in ("json", "plot"):
-        file = getattr(chosen, name)
-        if file and not Path(file).absolute().parent.is_dir():
-            options.error(f"--{name} {file}: there is no such folder")
-        if file and Path(file).is_dir():
-            options.error(f"--{name} {file}: a folder; name a file in it")
+        check_file(options, name, getattr(chosen, name))
     if chosen.plot and Path(chosen.plot).suffix not in (".png", ".svg", ".pdf"):
         options.error(f"--plot {chosen.plot}: the name must end with .png, .svg or .pdf")
     if chosen.plot and importlib.util.find_spec("matplotlib") is None:
@@ -128,6 +124,14 @@ def parse(options: Parser, arguments: list[str] | None) -> argparse.Namespace:
 def check_device(options: Parser, device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         options.error("there is no CUDA GPU here; --device cpu takes the CPU")
+
+
+def check_file(options: Parser, name: str, file: str | Path | None) -> None:
+    """End the process where a file that an option names cannot be made."""
+    if file and not Path(file).absolute().parent.is_dir():
+        options.error(f"--{name} {file}: there is no such folder")
+    if file and Path(file).is_dir():
+        options.error(f"--{name} {file}: a folder; name a file in it")
 
 
 def folder_of_peer(options: Parser, peer: str) -> str:

@@ -308,7 +308,9 @@ def quantize(argv: list[str] | None = None) -> None:
         from minigpt.quantize import quantize
 
         path = Path(arguments.path)
-        out = Path(arguments.out) if arguments.out else path.with_name(f"{path.name}-int{arguments.bits}")
+        named = path if path.name else path.resolve()
+        named = named.parent.parent if named.parent.name == "checkpoints" else named    # after the run, and beside it
+        out = Path(arguments.out) if arguments.out else named.with_name(f"{named.name}-int{arguments.bits}")
         rows = quantize(path, out, arguments.bits, arguments.text, arguments.device)
         if arguments.json:
             print(json.dumps({"path": str(out), "rows": rows}, ensure_ascii=False))

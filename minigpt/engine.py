@@ -98,12 +98,14 @@ class Engine:
             raise ValueError(f"past_context = {past_context!r} is none of: reread, slide")
         if past_context == "slide" and model.config.position == "learned":
             raise ValueError("past_context = slide is not for a model with learned positions; take reread")
-        if lookup < 0 or lookup and invariant:
-            raise ValueError(f"lookup = {lookup} with invariant = {invariant}: it takes 0 or more tokens, and 0 where "
-                             "a text must not depend on whether it is alone")
-        if draft is not None and (lookup or invariant):
-            raise ValueError("a draft goes without lookup, and without invariant, where a text must not depend on "
-                             "whether it is alone")
+        for name, value in (("slots", slots), ("length", length), ("lookup", lookup)):
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} = {value} is no whole number of 0 or more")
+        if invariant and (lookup or draft is not None):
+            raise ValueError("neither lookup nor a draft goes with invariant, where a text must not depend on whether "
+                             "it is alone; leave out one of them")
+        if lookup and draft is not None:
+            raise ValueError("a draft does not go with lookup; leave out one of them")
         if draft is not None and draft.config.vocab_size < len(tokenizer.never_sampled):
             raise ValueError(f"the draft has {draft.config.vocab_size} tokens, fewer than the tokenizer's "
                              f"{len(tokenizer.never_sampled)}; take one that was trained with the same tokenizer")
@@ -130,6 +132,11 @@ class Engine:
         """Queue a prompt's ids; its tokens are drawn from a generator seeded by (params.seed, row)."""
         if not prompt:
             raise ValueError("the prompt has no token; give at least what starts a document")
+        vocab_size = self.model.config.vocab_size
+        for token in prompt:
+            if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+                raise ValueError(f"the prompt's {token!r} is no token; ids are whole numbers from 0 to "
+                                 f"{vocab_size - 1}")
         request = Request(prompt, params, torch.Generator(self.device).manual_seed(_mixed(params.seed, row)))
         self.queue.append(request)
         return request
@@ -152,7 +159,7 @@ class Engine:
             (behind if is_behind else going).append(request)
         while self.queue and self.left:
             request = self.queue[0]
-            if not request.is_done and request.slot is None:
+            if not request.is_done and self.active.get(request.slot) is not request:
                 if any(alike(request.tokens, other.tokens) >= SHARED for other in behind):
                     self._read(behind)                  # then it need not read that itself
                     behind = []
@@ -170,8 +177,10 @@ class Engine:
         return bool(self.active or self.queue)
 
     def _free(self):
-        """Take the slots of requests that are done."""
+        """Take the slots of requests that are done; what has one leaves it to no other, wherever a step was broken off.
+        """
         for slot, request in list(self.active.items()):
+            self.left.pop(slot, None)
             if request.is_done:
                 self.left[slot] = request.held
                 del self.active[slot]
@@ -189,8 +198,8 @@ class Engine:
         if count and slot != source:
             self.cache.copy(source, slot, count)
         request.slot, request.stored, request.reusable = slot, count, count
-        self.active[slot] = request
-        del self.left[slot]
+        self.active[slot] = request                     # from here on it has the slot; see _free
+        self.left.pop(slot, None)
 
     def _make_room(self, request):
         """Of a full slot keep the second half, or nothing, so that it is read again."""
@@ -224,7 +233,7 @@ class Engine:
         ids, places = [], []
         for request, start, end in parts:
             tokens = request.tokens[request.first + start:request.first + end]
-            ids += tokens + [0] * (CHUNK - len(tokens) if self.invariant else 0)
+            ids += tokens + tokens[-1:] * (CHUNK - len(tokens) if self.invariant else 0)
             places.append((request.slot, start, CHUNK if self.invariant else end - start))
         hidden = reader.hidden(torch.tensor([ids], device=self.device), cache=Prefill(self.cache, *places))[0]
         firsts = accumulate((count for _, _, count in places[:-1]), initial=0)

@@ -44,7 +44,7 @@ def quantized(model: GPT, bits: int) -> GPT:
 def quantize(source: Path, out: Path, bits: int, texts: list[str], device: str | None = None) -> list[dict]:
     """Write the checkpoint `out`, whole or not at all; gives a row for `source` and one for `out`.
 
-    Each has `weights`, `bytes` of the file of weights, `bits_per_byte` and `tokens_per_second` of one text at a time.
+    Each has `weights`, `bytes` that these take, `bits_per_byte` and `tokens_per_second` of one text at a time.
     ValueError for a model that is quantized already, or is not causal, and where there is no text to measure on.
     """
     check_free(out)

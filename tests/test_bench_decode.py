@@ -48,6 +48,18 @@ def test_a_peer_that_is_not_there(peer, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("benchmark, flags", [
+    (bench_decode, "--batches 0"), (bench_decode, "--repeats 0"), (bench_decode, "--new-tokens 0"),
+    (bench_decode, "--json nowhere/x.json"), (bench_decode, "--dtypes int8 --paths transformers"),
+    (bench_speculative, "run --draft run --prompts -3"), (bench_speculative, "run --draft run --temperatures -1"),
+    (bench_speculative, "run --draft run --json nowhere/x.json")])
+def test_bad_flags_are_one_line(benchmark, flags, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        benchmark.main(flags.split())
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and not out
+
+
 def test_import_and_export(capsys, monkeypatch):
     monkeypatch.setattr(bench_import, "WIDTH", 64)
     bench_import.main(["--gigabytes", "0.001", "--dtype", "bfloat16"])

@@ -512,7 +512,7 @@ def test_texts_with_guesses_are_drawn_from_the_same_distribution():
     logits = {token("a"): 1.0, token("b"): 0.5, token("c"): -0.5}
     engine = Engine(constant_model(logits), TOKENIZER, slots=1, lookup=3)
     params, prompt = SamplingParams(temperature=1.0, top_p=1.0, top_k=3, max_new_tokens=2), TOKENIZER.encode("abab")
-    count = 800
+    count = 500
     requests = [engine.submit([START, *prompt], params, row) for row in range(count)]
     drawn = torch.tensor(finished(engine, *requests))                                   # (count, 2)
     expected = torch.tensor(list(logits.values())).softmax(0)
@@ -523,10 +523,70 @@ def test_texts_with_guesses_are_drawn_from_the_same_distribution():
     assert abs(both - expected[0] * expected[1]) <= 4 * (expected[0] * expected[1] / count) ** 0.5
 
 
-@pytest.mark.parametrize("options", [dict(lookup=-1), dict(lookup=4, invariant=True)])
-def test_what_lookup_can_be(options):
-    with pytest.raises(ValueError, match="it takes 0 or more tokens"):
+@pytest.mark.parametrize("options, message", [
+    (dict(lookup=-1), "lookup = -1 is no whole number"), (dict(slots=-1), "slots = -1"),
+    (dict(length=2.5), "length = 2.5"),
+    (dict(lookup=4, invariant=True), "neither lookup nor a draft goes with invariant")])
+def test_what_an_engine_can_be(options, message):
+    with pytest.raises(ValueError, match=message):
         Engine(model_of(), TOKENIZER, **options)
+
+
+def test_a_request_is_served_wherever_the_giving_of_its_slot_was_broken_off():
+    """Regression: one that had its slot's number but not the slot was dropped; a slot could be given twice."""
+    model = model_of()
+
+    class Broken(dict):
+        """Raises once, before or after it takes or loses an item."""
+
+        def __init__(self, items, method, after):
+            super().__init__(items)
+            self.method, self.after = method, after
+
+        def _do(self, method, *arguments):
+            stops, self.method = self.method == method, None if self.method == method else self.method
+            if stops and not self.after:
+                raise KeyboardInterrupt
+            result = getattr(dict, method)(self, *arguments)
+            if stops:
+                raise KeyboardInterrupt
+            return result
+
+        __setitem__ = lambda self, *arguments: self._do("__setitem__", *arguments)          # noqa: E731
+        __delitem__ = lambda self, *arguments: self._do("__delitem__", *arguments)          # noqa: E731
+        pop = lambda self, *arguments: self._do("pop", *arguments)                          # noqa: E731
+
+    jobs = [([START, token], GREEDY) for token in (70, 80, 90)]
+    for name, method in (("active", "__setitem__"), ("active", "__delitem__"), ("left", "pop"),
+                         ("left", "__setitem__")):
+        for after in (False, True):
+            engine = Engine(model, TOKENIZER, slots=2)
+            setattr(engine, name, Broken(getattr(engine, name), method, after))
+            requests = [engine.submit(*job) for job in jobs]
+            with contextlib.suppress(KeyboardInterrupt):
+                finished(engine, *requests)
+            assert getattr(engine, name).method is None
+            assert finished(engine, *requests) == [ids(model, *job) for job in jobs]
+            assert len(engine.left) == 2 and not engine.active
+
+
+@pytest.mark.parametrize("token", [-1, V, "a", 1.0])
+def test_what_is_no_token_is_refused_and_hurts_no_other(token):
+    engine = Engine(model_of(), TOKENIZER)
+    good = engine.submit([START, 70], GREEDY)
+    with pytest.raises(ValueError, match="is no token; ids are whole numbers from 0 to"):
+        engine.submit([START, token], GREEDY)
+    assert finished(engine, good) == [ids(model_of(), [START, 70], GREEDY)]
+
+
+def test_the_padding_of_a_chunk_is_no_part_of_a_text():
+    """Regression: a chunk was filled up with token 0, whose numbers may be bad though the text does not hold it."""
+    model = model_of()
+    expected = ids(model, [START, 70], GREEDY, invariant=True)
+    with torch.no_grad():
+        model.embedding.weight[0] = torch.nan
+        model.head.weight = torch.nn.Parameter(model.embedding.weight.nan_to_num())
+    assert ids(model, [START, 70], GREEDY, invariant=True) == expected
 
 
 @pytest.mark.parametrize("options", [dict(), dict(past_context="slide"), dict(invariant=True), dict(lookup=3)], ids=str)

@@ -259,8 +259,8 @@ FLAGS = [
     ("--repetition-penalty=1e300", "repetition_penalty = 1e+300 is too large; the most is 1000000"),
     ("--seed=-1", "seed = -1 is too small; the least is 0"),
     (f"--seed={10**30}", "seed is a whole number beyond"),
-    ("--lookup=-1", "lookup = -1 with invariant = False: it takes 0 or more tokens"),
-    ("--lookup=4 --invariant", "lookup = 4 with invariant = True: it takes 0 or more tokens, and 0 where a text must"),
+    ("--lookup=-1", "lookup = -1 is no whole number of 0 or more"),
+    ("--lookup=4 --invariant", "neither lookup nor a draft goes with invariant"),
     ("--past-context=forget", "argument --past-context: invalid choice: 'forget'"),
     ("--device=gpu", "device 'gpu' cannot be used: ...; take auto, cpu or"),
 ]

@@ -92,6 +92,16 @@ def test_a_table_and_a_text_of_ones_own(run, tmp_path, capsys):
     assert path == str(tmp_path / "made") and (tmp_path / "made/manifest.json").is_file()
 
 
+def test_where_it_is_written(run, monkeypatch, capsys):
+    """Beside the run and after its name, whatever names it; not among its checkpoints."""
+    step, = run.glob("checkpoints/step-*")
+    (run / "text.txt").write_text("A cat sat on the mat.\n", "utf-8")
+    monkeypatch.chdir(run)
+    for path, bits in ((".", "8"), (str(step), "4")):
+        cli.main(["quantize", path, "--bits", bits, "--text", "text.txt"])
+        assert capsys.readouterr().out.splitlines()[-1] == f"{run}-int{bits}"
+
+
 def test_what_is_refused(run, tmp_path, capsys, monkeypatch):
     assert "invalid choice: 5" in refused(capsys, "quantize", run, "--bits", "5")
     assert "no run or checkpoint" in refused(capsys, "quantize", tmp_path / "nowhere", "--bits", "8")

@@ -77,7 +77,7 @@ def test_texts_with_a_draft_are_drawn_from_the_models_distribution():
     ids = TOKENIZER.encode("abcd")
     model = constant_model(dict(zip(ids, (1.0, 0.5, -0.5, -1.0))))
     draft = constant_model(dict(zip(ids, (-1.0, 0.5, 1.5, 0.0))))
-    count, length = 800, 3
+    count, length = 500, 3
     engine = Engine(model, TOKENIZER, slots=1, draft=draft)
     params = SamplingParams(temperature=1.0, top_p=1.0, top_k=4, max_new_tokens=length)
     drawn = torch.tensor(finished(engine, *[engine.submit([START], params, row) for row in range(count)]))
@@ -126,7 +126,7 @@ def test_a_draft_reads_no_token_twice(monkeypatch):
 
 
 def test_what_a_draft_can_be(tmp_path):
-    for options, message in ((dict(lookup=2), "a draft goes without lookup"), (dict(invariant=True), "a draft goes"),
+    for options, message in ((dict(lookup=2), "does not go with lookup"), (dict(invariant=True), "goes with invariant"),
                              (dict(), "the draft has 53 tokens, fewer than the tokenizer's")):
         with pytest.raises(ValueError, match=message):
             Engine(model_of(), TOKENIZER, draft=random_model(), **options)
