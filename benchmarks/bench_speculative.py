@@ -68,14 +68,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         settings = [SamplingParams(temperature=temperature, max_new_tokens=arguments.new_tokens)
                     for temperature in arguments.temperatures]
-        run, draft = minigpt.load(arguments.run, arguments.device, draft=arguments.draft), minigpt.load(arguments.draft)
+        run = minigpt.load(arguments.run, arguments.device, draft=arguments.draft)
         prompts = prompts_of(run, arguments.text, arguments.prompts)
     except (OSError, ValueError) as error:
         parser.error(error)
     engines = {"engine": Engine(run.model, run.tokenizer, slots=1), "lookup": Engine(
         run.model, run.tokenizer, slots=1, lookup=8), "draft": run.engine}
     result = {"benchmark": "speculative", **harness.machine(torch.device(arguments.device)),
-              "parameters": run.model.num_parameters, "draft_parameters": draft.model.num_parameters,
+              "parameters": run.model.num_parameters, "draft_parameters": run.engine.guesser.model.num_parameters,
               "new_tokens": arguments.new_tokens, "rows": []}
     print(f"{'temperature':>11} {'path':>7} {'tokens/s':>9} {'ratio':>6} {'tokens a pass':>13}")
     for params in settings:

@@ -28,15 +28,13 @@ from minigpt.config import Config, SamplingParams
 from minigpt.device import pick_device
 from minigpt.flat import FlatStep, GraphStep
 from minigpt.model import GPT
-from minigpt.packed import packed, steady_rows
+from minigpt.packed import CHUNK, packed, steady_rows
 from minigpt.speculative import Draft, Lookup
 from minigpt.tokenizer import Tokenizer
 
 DEFAULT = SamplingParams()
-CHUNK = 64
-"""Tokens of a prompt that an invariant engine reads at a time."""
 PREFILL = 512
-"""Those that another does: enough to keep every core busy, and a bound on memory."""
+"""Tokens of prompts that are read at a time: enough to keep every core busy, and a bound on memory."""
 SHARED = 32
 """A request that begins with so many tokens of another waits until these are read, and takes them over."""
 CACHE_BYTES = 1 << 30
@@ -318,7 +316,7 @@ class Engine:
     def _draw_guess(self, request, logits, tokens):
         """A draft's token, and the probabilities (1, V) it was drawn with, as the request's own are drawn."""
         logits = logits[:, :self.num_ids].index_fill_(1, self.never, -torch.inf)
-        logits = sampling.process(logits, torch.tensor([tokens], device=self.device), request.params)
+        logits = sampling.process(logits, self._seen(tokens, request.params), request.params)
         top, likeliest = logits.max(-1)
         sampling.check_finite(top, "draft")
         if request.params.is_greedy:
@@ -329,17 +327,21 @@ class Engine:
     def _draw(self, requests, logits, guess=None):
         """One token for each request from its row of logits (B, V); an id that no text can have is never drawn."""
         logits = logits[:, :self.num_ids].index_fill_(1, self.never, -torch.inf)
-        alike = {}
+        groups = {}
         for row, request in enumerate(requests):
             if not request.is_done:
-                alike.setdefault(request.drawn_like, []).append(row)
-        for rows in alike.values():
+                groups.setdefault(request.drawn_like, []).append(row)
+        for rows in groups.values():
             self._draw_alike([requests[row] for row in rows], logits if len(rows) == len(logits) else logits[rows],
                              guess)
 
+    def _seen(self, tokens, params):
+        """The tokens (1, N) of a text where its draws depend on them."""
+        return torch.tensor([tokens], device=self.device) if params.repetition_penalty != 1 else None
+
     def _draw_alike(self, requests, logits, guess):
         first = requests[0]
-        tokens = torch.tensor([first.tokens], device=self.device) if first.params.repetition_penalty != 1 else None
+        tokens = self._seen(first.tokens, first.params)
         try:
             drawn = sampling.sample(logits, tokens, first.params, [request.generator for request in requests], guess)
         except ValueError as error:

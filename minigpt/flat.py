@@ -1,6 +1,6 @@
 """A decoding step as a flat list of torch's ops: what Python does in each layer is done once, as a step is recorded.
 
-In a model of a few layers that is half of a step's time on a CPU. The ops, and so the bits, are the model's own.
+In a model of a few layers that is much of a step's time on a CPU. The ops, and so the bits, are the model's own.
 """
 
 from __future__ import annotations

@@ -207,7 +207,7 @@ class Head(Linear):
 
 
 class QuantizedHead(QuantizedLinear):
-    """Head in 8 bits: of fewer, the logits suffer most."""
+    """Head in 8 bits."""
 
     def __init__(self, config):
         super().__init__(config.width, config.vocab_size, config.head_transform, bits=8)
@@ -355,7 +355,7 @@ class GPT(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Weights and biases, a tied head counted once."""
+        """Weights and biases, a tied head counted once; of a quantized model also scales, and two of 4 bits as one."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, context_length: int | None = None) -> float:

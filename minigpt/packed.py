@@ -15,9 +15,14 @@ from kernels.reference import unpacked
 from minigpt.linear import Linear, QuantizedLinear
 from minigpt.model import GPT
 
+CHUNK = 64
+"""Tokens of a prompt that are read at a time where a row's bits must be the same among any number of rows."""
+TRIED = (CHUNK, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
+"""Numbers of rows."""
+
 
 class PackedFloat32:
-    """By MKL: 16 rows in little more than half the time, a prompt's in four fifths; one row gains nothing."""
+    """By MKL: for several rows; one gains nothing."""
 
     ROWS = 512
     """MKL is told how many to expect; with a prompt's number, fewer are as fast as can be."""
@@ -96,9 +101,6 @@ class PackedInt4:
                                               self.scales_and_zeros).view(*x.shape[:-1], -1)
         return (y if bias is None else y + bias).to(x.dtype)
 
-
-TRIED = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
-"""Numbers of rows, the first that of a chunk of a prompt."""
 
 PRODUCTS = (PackedFloat32, PackedBfloat16, PackedInt8, PackedInt4)
 

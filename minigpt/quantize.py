@@ -1,7 +1,7 @@
 """`minigpt quantize`: a checkpoint whose linear layers and embedding hold whole numbers, and what that costs and gains.
 
 Weights are rounded to the nearest of 8 or 4 bits times a scale (`kernels.reference.quantize`): with 8 a scale a row,
-with 4 one for each 64 numbers. Embedding and head take 8 bits always: of fewer, the text suffers most.
+with 4 one for each 64 numbers. Embedding and head take 8 bits always.
 """
 
 from __future__ import annotations

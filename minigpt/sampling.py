@@ -52,7 +52,7 @@ def top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
 
 
-def process(logits: torch.Tensor, tokens: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+def process(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams) -> torch.Tensor:
     """All of the above in order; `tokens` (B, N) are prompt and text so far. Greedy ends after the penalty."""
     if params.repetition_penalty != 1:
         logits = repetition_penalty(logits, tokens, params.repetition_penalty)

@@ -83,6 +83,9 @@ class Trainer:
         self.began = time.monotonic() - process_age()
         self.run, self.state, self.progress, say = run, state, progress, progress.say
         kernels.use(config.train.kernels)
+        if config.model.weight_bits:
+            raise ValueError(f"model.weight_bits = {config.model.weight_bits}: weights of whole numbers cannot be "
+                             "trained; leave it out, and afterwards run `minigpt quantize`")
         self.device = pick_device(config.train.device)
         if self.device.type == "cuda":                  # on a CPU this changes no result and takes seconds
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -97,9 +100,6 @@ class Trainer:
             raise ValueError(f"{run}: the text or the tokenizer at {config.data.path} is not the one this run began "
                              "with; restore it, or begin anew in another train.run_dir")
         self.tokenizer = found.tokenizer if found else self.dataset.tokenizer
-        if config.model.weight_bits:
-            raise ValueError(f"model.weight_bits = {config.model.weight_bits}: weights of whole numbers cannot be "
-                             "trained; leave it out, and afterwards run `minigpt quantize`")
         vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
         if vocab_size < self.tokenizer.vocab_size:
             raise ValueError(f"model.vocab_size = {vocab_size} is less than the tokenizer's "

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigpt import corpus as corpora
-from minigpt.corpus import PIECE_BYTES, Document, list_documents, open_corpus
+from minigpt.corpus import PIECE_BYTES, Document, beginning, list_documents, open_corpus
 
 
 def write(root, contents):
@@ -263,3 +263,9 @@ def test_what_is_no_file_is_no_document(tmp_path):
     path = write(tmp_path, {"a.txt": "some text", "b.txt": "more text"})
     os.mkfifo(tmp_path / "pipe")
     assert [document.name for document in list_documents(path)] == ["a.txt", "b.txt"]
+
+
+def test_the_beginning_ends_between_characters(tmp_path):
+    documents = list_documents(write(tmp_path, {"a.txt": "日本", "b.txt": "né", "c.txt": "x"}))
+    for most, text in ((1, "日"), (3, "日"), (4, "日本"), (6, "日本"), (7, "日本n"), (8, "日本né"), (99, "日本néx")):
+        assert text_of(beginning(documents, most)) == text

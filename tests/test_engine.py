@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_close
+from decoding import END, START, TOKENIZER, V, constant_model, finished, ids, model_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import gpt2_twins, random_model
@@ -17,10 +18,8 @@ from minigpt import sampling
 from minigpt.cache import Decode, KVCache, Prefill
 from minigpt.config import Config, ObjectiveConfig, SamplingParams
 from minigpt.engine import Engine, Run
-from minigpt.tokenizer import FIRST_BYTE, SPECIAL_TOKENS, Tokenizer
+from minigpt.tokenizer import FIRST_BYTE
 
-TOKENIZER = Tokenizer("bytes")
-V, START, END = TOKENIZER.vocab_size, SPECIAL_TOKENS["<s>"], SPECIAL_TOKENS["</s>"]
 CPU = torch.device("cpu")
 VARIANTS = [
     dict(), dict(window=3), dict(num_kv_heads=2, head_size=10), dict(num_kv_heads=1, mlp="swiglu", rope_scale=4.0),
@@ -29,27 +28,8 @@ VARIANTS = [
 ]
 
 
-def model_of(seed=0, context_length=24, **settings):
-    return random_model(seed, **dict(vocab_size=V, context_length=context_length) | settings)
-
-
 def run_of(model, objective="causal"):
     return Run(model, TOKENIZER, Config(model=model.config, objective=ObjectiveConfig(name=objective)), Path("a run"))
-
-
-def finished(engine, *requests):
-    """The ids that each request draws."""
-    while engine.step():
-        pass
-    assert all(request.is_done and request.error is None for request in requests)
-    return [request.drawn for request in requests]
-
-
-def ids(model, prompt, params, ends=True, **options):
-    """The ids that are drawn after one prompt."""
-    engine = Engine(model, TOKENIZER, slots=1, **options)
-    engine.ends = engine.ends if ends else ()
-    return finished(engine, engine.submit(prompt, params))[0]
 
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=15)
@@ -194,18 +174,6 @@ def test_pieces_of_a_random_model_join_to_its_text():
         pieces = list(run.stream("é", params))
         assert all(pieces) and "".join(pieces) == run.generate("é", params)
         assert "".join(pieces).encode().decode() == "".join(pieces)
-
-
-def constant_model(logits, vocab_size=V):
-    """A model whose logits are the same after every text: -9, but for those that are given {id: logit}."""
-    model = random_model(vocab_size=vocab_size, context_length=8, norm="layer_norm", bias=True, tied_embeddings=False)
-    with torch.no_grad():
-        model.final_norm.weight.zero_()
-        model.final_norm.bias.copy_(torch.eye(24)[0])
-        model.head.weight.fill_(-9.0)
-        for token, logit in logits.items():
-            model.head.weight[token] = logit
-    return model
 
 
 def token(character):

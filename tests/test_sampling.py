@@ -77,6 +77,18 @@ def test_top_p(seed, p, ties):
     assert ((probabilities * kept).sum(-1) - least <= p + 1e-5).all(), "one token fewer would have done"
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.9, 0.97])
+def test_top_p_of_a_large_vocabulary(p):
+    """The nucleus is found among the likeliest, where it lies there, else by a sort; each row as if it were alone."""
+    V = 8 * sampling.CANDIDATES
+    spread = torch.tensor([[6.0], [0.1], [3.0]])            # of the second, 97 % lie in more tokens than are looked at
+    logits = spread * torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+    made = sampling.top_p(logits, p)
+    assert torch.equal(made, TopPLogitsWarper(p)(None, logits.clone()))
+    assert torch.equal(made, torch.cat([sampling.top_p(row[None], p) for row in logits]))
+    assert (made[1].isfinite().sum() > sampling.CANDIDATES) == (p > 0.2)
+
+
 def test_top_p_keeps_the_fewest_that_reach_p():
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()
     for p, kept in ((0.0, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (0.91, 4), (1.0, 4)):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from decoding import START, TOKENIZER, constant_model, finished, ids, model_of
 from twins import random_model
 
 import minigpt
@@ -9,28 +10,6 @@ from minigpt import sampling
 from minigpt.config import SamplingParams
 from minigpt.engine import Engine
 from minigpt.speculative import Draft, Lookup
-from minigpt.tokenizer import SPECIAL_TOKENS, Tokenizer
-
-TOKENIZER = Tokenizer("bytes")
-V, START = TOKENIZER.vocab_size, SPECIAL_TOKENS["<s>"]
-
-
-def model_of(seed=0, **settings):
-    return random_model(seed, **dict(vocab_size=V, context_length=24) | settings)
-
-
-def finished(engine, *requests):
-    while engine.step():
-        pass
-    assert all(request.error is None for request in requests)
-    return [request.drawn for request in requests]
-
-
-def text_of(model, prompt, params, **options):
-    engine = Engine(model, TOKENIZER, slots=1, **options)
-    engine.ends = ()
-    return finished(engine, engine.submit(prompt, params))[0]
-
 
 DRAFTS = {"itself": lambda: model_of(), "another": lambda: model_of(1), "of a shorter context": lambda: model_of(
     2, context_length=9), "of the least context": lambda: model_of(2, context_length=2),
@@ -44,7 +23,8 @@ def test_a_draft_changes_no_greedy_text(draft, length, penalty):
     """Nor does it past the context of the model or its own."""
     params = SamplingParams(temperature=0.0, max_new_tokens=length, repetition_penalty=penalty)
     for prompt in ([START], [START, *range(60, 90)]):
-        assert text_of(model_of(), prompt, params, draft=draft()) == text_of(model_of(), prompt, params)
+        assert ids(model_of(), prompt, params, ends=False, draft=draft()) == ids(
+                model_of(), prompt, params, ends=False)
 
 
 def test_a_draft_that_is_right_saves_steps():
@@ -60,35 +40,23 @@ def test_a_draft_that_is_right_saves_steps():
     assert steps["none"] >= 40 and steps["itself"] <= 10 and 10 < steps["another"] <= 40
 
 
-def constant_model(logits):
-    """A model whose logits are the same after every text."""
-    model = model_of(depth=1, bias=True, norm="layer_norm", tied_embeddings=False)
-    with torch.no_grad():
-        model.final_norm.weight.zero_()
-        model.final_norm.bias.fill_(0.0)[0] = 1.0
-        model.head.weight.fill_(-100.0)
-        for token, value in logits.items():
-            model.head.weight[token, 0] = value
-    return model
-
-
 def test_texts_with_a_draft_are_drawn_from_the_models_distribution():
     """Of four tokens with known probabilities, by a draft that thinks otherwise; places and pairs are counted."""
-    ids = TOKENIZER.encode("abcd")
-    model = constant_model(dict(zip(ids, (1.0, 0.5, -0.5, -1.0))))
-    draft = constant_model(dict(zip(ids, (-1.0, 0.5, 1.5, 0.0))))
+    tokens = TOKENIZER.encode("abcd")
+    model = constant_model(dict(zip(tokens, (1.0, 0.5, -0.5, -1.0))))
+    draft = constant_model(dict(zip(tokens, (-1.0, 0.5, 1.5, 0.0))))
     count, length = 500, 3
     engine = Engine(model, TOKENIZER, slots=1, draft=draft)
     params = SamplingParams(temperature=1.0, top_p=1.0, top_k=4, max_new_tokens=length)
     drawn = torch.tensor(finished(engine, *[engine.submit([START], params, row) for row in range(count)]))
     expected = torch.tensor([1.0, 0.5, -0.5, -1.0]).softmax(0)
     for place in drawn.T:
-        found = torch.tensor([(place == token).double().mean() for token in ids])
+        found = torch.tensor([(place == token).double().mean() for token in tokens])
         assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / count).sqrt()).all()
     for one in range(4):
         for other in range(4):
             p = expected[one] * expected[other]
-            both = ((drawn[:, 1] == ids[one]) & (drawn[:, 2] == ids[other])).double().mean()
+            both = ((drawn[:, 1] == tokens[one]) & (drawn[:, 2] == tokens[other])).double().mean()
             assert abs(both - p) <= 4 * (p * (1 - p) / count).sqrt()
 
 
