@@ -104,6 +104,30 @@ class Checkpoint:
             for name, tensor in model_tensors(model).items():
                 tensor.copy_(tensors[name])
 
+    def load_start(self, model: torch.nn.Module, classes: list[str]) -> list[str]:
+        """Copy the weights into a model that is to learn something else; gives the names of those that are new.
+
+        These can be of the HEADS alone: where they are missing, have another shape, or tell other classes apart.
+        """
+        path, new, wanted = self.path / "model.safetensors", [], model_tensors(model)
+        same_classes = self.config.objective.classes == classes
+        with _opened(path) as file:
+            names = set(file.keys())
+            for name, tensor in wanted.items():
+                fits = name in names and tuple(file.get_slice(name).get_shape()) == tuple(tensor.shape)
+                if fits and (same_classes or not name.startswith("classifier.")):
+                    with torch.no_grad():
+                        tensor.copy_(file.get_tensor(name))
+                elif name.startswith(HEADS):
+                    new.append(name)
+                else:
+                    raise ValueError(f"{path}: {name} is missing or has another shape than the model's, "
+                                     f"{tuple(tensor.shape)}; leave out of [model] what train.start_from decides")
+        for name in sorted(names - wanted.keys()):
+            raise ValueError(f"{path}: {name} is not part of the model; leave out of [model] what train.start_from "
+                             "decides")
+        return new
+
     def load_optimizers(self, model: torch.nn.Module, optimizers: list[Optimizer]) -> None:
         """Restore what `optimizer_tensors` gave when the checkpoint was saved."""
         path = self.path / "optimizer.safetensors"
@@ -131,6 +155,8 @@ class Checkpoint:
             optimizer.state[parameters[name]] = state
 
 
+HEADS = ("pooler.", "next_sentence.", "classifier.", "token_types.")
+"""Beginnings of names of the weights that one objective has and another has not."""
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8",
           torch.uint8: "U8"}
 """Safetensors' names."""

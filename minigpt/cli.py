@@ -77,6 +77,9 @@ def sample(argv: list[str] | None = None) -> None:
     parser = Parser(prog="sample.py", allow_abbrev=False, description="Sample text from a run or checkpoint.")
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--prompt", help="text to continue; without it a new document is begun")
+    parser.add_argument("--fill", metavar="TEXT",
+                        help="of a masked model: the likeliest tokens for each [MASK] in TEXT")
+    parser.add_argument("--candidates", type=int, default=5, metavar="N", help="how many of them (default 5)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many samples (default 1)")
     parser.add_argument("--stream", action="store_true", help="print text as it is drawn")
     parser.add_argument("--json", action="store_true", help="one JSON object a sample: prompt and text")
@@ -99,6 +102,9 @@ def sample(argv: list[str] | None = None) -> None:
 def _sample(arguments):
     if not 1 <= arguments.num_samples <= MOST_SAMPLES:
         raise ValueError(f"--num-samples {arguments.num_samples} is not between 1 and {MOST_SAMPLES}")
+    if arguments.fill is not None:
+        _fill(arguments)
+        return
     if arguments.stream and (arguments.json or arguments.num_samples > 1):
         raise ValueError("--stream prints one sample as text; leave out --json and --num-samples")
     params = SamplingParams(**{field.name: getattr(arguments, field.name)
@@ -121,6 +127,26 @@ def _sample(arguments):
         else:
             header = f"--- sample {number + 1} ---\n" if arguments.num_samples > 1 else ""
             print(f"{header}{prompt or ''}{text}")
+
+
+def _fill(arguments):
+    if arguments.prompt is not None or arguments.stream:
+        raise ValueError("--fill goes with neither --prompt nor --stream; leave them out")
+    if not 1 <= arguments.candidates <= MOST_SAMPLES:
+        raise ValueError(f"--candidates {arguments.candidates} is not between 1 and {MOST_SAMPLES}")
+    from minigpt.classify import fill
+    from minigpt.engine import load
+
+    blanks = fill(load(arguments.path, arguments.device), arguments.fill, arguments.candidates)
+    if arguments.json:
+        found = [[{"token": token, "probability": probability} for token, probability in blank] for blank in blanks]
+        print(json.dumps({"text": arguments.fill, "blanks": found}, ensure_ascii=False))
+        return
+    for number, blank in enumerate(blanks, 1):
+        if len(blanks) > 1:
+            print(f"--- blank {number} ---")
+        for token, probability in blank:
+            print(f"{probability:.4f}  {token!r}")
 
 
 def verify(argv: list[str] | None = None) -> None:
@@ -184,7 +210,7 @@ def export(argv: list[str] | None = None) -> None:
 def evaluate(argv: list[str] | None = None) -> None:
     """`minigpt eval RUN_OR_CHECKPOINT [--text PATH ...] [--choices FILE] [--generation FILE] [--tasks NAME ...]`"""
     parser = Parser(prog="minigpt eval", allow_abbrev=False,
-                    description="Measure a causal model; every interval is of 95 % confidence.")
+                    description="Measure a model; every interval is of 95 % confidence.")
     parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
     parser.add_argument("--text", nargs="+", default=[], metavar="PATH",
                         help="files or folders of UTF-8 text: bits per byte and perplexity of each file and of all")
@@ -196,6 +222,9 @@ def evaluate(argv: list[str] | None = None) -> None:
                         help="BLEU, chrF and ROUGE of greedy text; a JSON object a line: prompt, references")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N",
                         help="longest text for --generation (default 128)")
+    parser.add_argument("--labelled", metavar="FILE",
+                        help="a classifier's report on a table with labels (.csv, .tsv or .jsonl)")
+    parser.add_argument("--html", metavar="FILE", help="write that report as a page, too")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of lm-evaluation-harness")
     parser.add_argument("--include-path", metavar="DIR", help="folder with tasks of your own for --tasks")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question of --tasks")
@@ -208,8 +237,10 @@ def evaluate(argv: list[str] | None = None) -> None:
 
 
 def _evaluate(arguments):
-    if not (arguments.text or arguments.choices or arguments.generation or arguments.tasks):
-        raise ValueError("nothing to measure; give --text, --choices, --generation or --tasks")
+    if not (arguments.text or arguments.choices or arguments.generation or arguments.labelled or arguments.tasks):
+        raise ValueError("nothing to measure; give --text, --choices, --generation, --labelled or --tasks")
+    if arguments.html and not arguments.labelled:
+        raise ValueError("--html is the report of --labelled; give that too")
     for flag, value, least in (("--batch-size", arguments.batch_size, 1), ("--stride", arguments.stride, 0),
                                ("--limit", arguments.limit, 1), ("--num-fewshot", arguments.num_fewshot, 0)):
         if value is not None and value < least:
@@ -228,6 +259,14 @@ def _evaluate(arguments):
         found["choices"] = scores.score_choices(run, choices, batch_size=arguments.batch_size)
     if generation:
         found["generation"] = scores.score_generation(run, generation, arguments.max_new_tokens)
+    if arguments.labelled:
+        from minigpt import classify, report
+
+        labels, probabilities = classify.classify_table(run, arguments.labelled, arguments.batch_size)
+        found["labelled"] = report.classification_report(labels, probabilities, classify.classes_of(run))
+        title = f"{arguments.path} on {arguments.labelled}"
+        if arguments.html:
+            Path(arguments.html).write_text(report.report_html(found["labelled"], title), "utf-8")
     if arguments.tasks:
         from minigpt.harness import run_tasks
 
@@ -241,6 +280,8 @@ def _evaluate(arguments):
     for part in (found.get("texts"), [found.get("choices")], [found.get("generation")], rows):
         if part and part[0]:
             _table(part)
+    if arguments.labelled:
+        print(report.report_text(found["labelled"], title))
 
 
 def _table(rows):
@@ -261,6 +302,99 @@ def _cell(row, name):
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval and None not in interval else "")
+
+
+def classify(argv: list[str] | None = None) -> None:
+    """`minigpt classify RUN_OR_CHECKPOINT [--text TEXT [TEXT] ...] [--file FILE]`"""
+    parser = Parser(prog="minigpt classify", allow_abbrev=False,
+                    description="The class of each text, with its probability, by a model that was fine-tuned for it.")
+    _add_texts(parser, "a text; of pairs two behind one --text")
+    arguments = parser.parse_args(argv)
+
+    def command():
+        from minigpt import classify as of
+        from minigpt.engine import load
+
+        run = load(arguments.path, arguments.device)
+        names = of.classes_of(run)
+        texts = _texts(arguments, run.config.data.text_columns)
+        for text, row in zip(texts, of.classify(run, texts, arguments.batch_size).tolist()):
+            best = max(range(len(names)), key=row.__getitem__)
+            if arguments.json:
+                print(json.dumps({"text": text[0] if len(text) == 1 else text, "label": names[best],
+                                  "probabilities": dict(zip(names, row))}, ensure_ascii=False))
+            else:
+                words = _one_line(" | ".join(text))
+                print(f"{row[best]:.4f}  {_one_line(names[best])}  {words[:80]}{'…' * (len(words) > 80)}")
+    _run(command, "stopped")
+
+
+def embed(argv: list[str] | None = None) -> None:
+    """`minigpt embed RUN_OR_CHECKPOINT [--text TEXT ...] [--file FILE] [--query TEXT] [--out FILE]`"""
+    parser = Parser(prog="minigpt embed", allow_abbrev=False, description="A vector of length 1 for each text.")
+    _add_texts(parser, "a text")
+    parser.add_argument("--pooling", default="mean", choices=("mean", "first", "last"),
+                        help="what a vector is of: the mean of the text's tokens (default), or what stands before it "
+                        "(masked models) or behind it (causal ones)")
+    parser.add_argument("--query", metavar="TEXT", help="show the texts that are most alike to this one")
+    parser.add_argument("--nearest", type=int, default=5, metavar="N", help="how many of them (default 5)")
+    parser.add_argument("--out", metavar="FILE", help="write the vectors there, as numpy's .npy (n, C) float32")
+    arguments = parser.parse_args(argv)
+    _run(lambda: _embed(arguments), "stopped")
+
+
+def _embed(arguments):
+    import numpy as np
+
+    from minigpt.classify import embed
+    from minigpt.engine import load
+
+    if arguments.nearest < 1:
+        raise ValueError(f"--nearest {arguments.nearest} is too small; the least is 1")
+    if arguments.out and not arguments.out.endswith(".npy"):
+        raise ValueError(f"--out {arguments.out}: must end in .npy")
+    run = load(arguments.path, arguments.device)
+    texts = [text for text, in _texts(arguments, run.config.data.text_columns[:1])]
+    vectors = embed(run, texts, arguments.pooling, arguments.batch_size)
+    if arguments.out:
+        np.save(arguments.out, vectors)
+    if arguments.query is not None:
+        alike = vectors @ embed(run, [arguments.query], arguments.pooling)[0]
+        for place in np.argsort(-alike)[:arguments.nearest]:
+            row = {"similarity": float(alike[place]), "text": texts[place]}
+            print(json.dumps(row, ensure_ascii=False) if arguments.json
+                  else f"{row['similarity']:.4f}  {_one_line(row['text'])}")
+    elif not arguments.out:
+        for text, vector in zip(texts, vectors.tolist()):
+            print(json.dumps({"text": text, "vector": vector}, ensure_ascii=False))
+
+
+def _add_texts(parser, of_text):
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--text", nargs="+", action="append", default=[], metavar="TEXT", help=of_text)
+    parser.add_argument("--file", metavar="FILE", help="a text a line (.txt), or a table (.csv, .tsv or .jsonl) with "
+                        "the columns of text that the model was trained on")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts at a time (default 32)")
+    parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a text")
+
+
+def _texts(arguments, columns):
+    """The texts of --text and --file, each as (text,), or (text, text) for two columns."""
+    from minigpt.labelled import read_lines, read_table
+
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size} is too small; the least is 1")
+    texts = []
+    for words in arguments.text:
+        texts += [(word,) for word in words] if len(columns) == 1 else [tuple(words)]
+    if arguments.file and arguments.file.endswith(".txt"):
+        texts += [(line,) for line in read_lines(arguments.file)]
+    elif arguments.file:
+        texts += [row.texts for row in read_table(arguments.file, columns, None)]
+    if not texts:
+        raise ValueError("no text; give --text or --file")
+    return texts
 
 
 def tokenizer_report(argv: list[str] | None = None) -> None:
@@ -334,8 +468,8 @@ def _warn(line):
     _tell(_one_line(line), sys.stderr)
 
 
-VERBS = {"train": train, "sample": sample, "verify": verify, "import": import_, "export": export,
-         "eval": evaluate, "quantize": quantize, "tokenizer-report": tokenizer_report}
+VERBS = {"train": train, "sample": sample, "classify": classify, "embed": embed, "verify": verify, "import": import_,
+         "export": export, "eval": evaluate, "quantize": quantize, "tokenizer-report": tokenizer_report}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -62,12 +62,24 @@ class DataConfig(Section):
     """How an epoch is dealt: "windows" shuffles windows of the whole text, "documents" shuffles documents and packs."""
     document_mask: bool = setting(False)
     """Hide packed documents from one another in attention."""
+    text_columns: list[str] = setting(["text"])
+    """Classification: `path` is a table (.csv or .tsv with a header, or .jsonl), and these are its columns of text:
+    one, or two for pairs."""
+    label_column: str = setting("label")
+    """Classification: the column of labels."""
+    long_texts: str = setting("truncate", choices=("truncate", "window"))
+    """Classification: of a text beyond the context, "truncate" keeps the beginning; "window" cuts it into pieces, of
+    which each is learnt from and the mean of their probabilities counts."""
     cache_dir: str = setting("")
     """Where tokenizers and shards are kept; empty: `minigpt` in the user's cache directory (XDG_CACHE_HOME)."""
 
     def check(self):
         if not self.path:
             raise ValueError('path is empty; name a file or folder of text, or "stdlib"')
+        if not 1 <= len(self.text_columns) <= 2 or self.label_column in self.text_columns:
+            raise ValueError(f"text_columns = {self.text_columns} must be one column or two, other than label_column")
+        if self.long_texts == "window" and len(self.text_columns) == 2:
+            raise ValueError("long_texts = window is for single texts; of pairs in text_columns take truncate")
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,14 @@ class ModelConfig(Section):
     """Norm of the embedded tokens, before the first block (BERT)."""
     token_types: int = setting(0, low=0, high=1 << 16)
     """Kinds of segment that tokens are told apart by, each with a learned vector (BERT has 2); 0: none."""
+    next_sentence: bool = setting(False)
+    """A pooler (dense, tanh) and a head of two behind it (BERT); a run sets it where its objective has next_sentence.
+    """
+    num_classes: int = setting(0, low=0, high=1 << 16)
+    """Outputs of a classifier behind the pooler; a run sets it where its objective has classification."""
+    pooling: str = setting("first", choices=("first", "last"))
+    """What the pooler reads: "first", the first token, which sees the whole text (BERT), or "last", the last, and
+    attention is causal (a model that was trained to continue text)."""
     head_transform: bool = setting(False)
     """Before the head a linear layer, GELU and a norm, and a bias behind it (BERT); for a GELU feed-forward."""
     position: str = setting("rotary", choices=("rotary", "learned", "none"))
@@ -191,12 +211,67 @@ With a vocabulary of 4096 and of 50257 (GPT-2's) the parameters are:
 tiny 1.3M, small 5.8M, base 88M; gpt2 124M, gpt2-medium 355M, gpt2-large 774M, gpt2-xl 1.56B."""
 
 
+PARTS = ("causal", "masked", "next_sentence", "classification")
+
+
 @dataclass(frozen=True)
 class ObjectiveConfig(Section):
-    name: str = setting("causal", choices=("causal", "masked"))
-    """"causal": predict the next token; "masked": predict hidden tokens from both sides (BERT, arXiv 1810.04805)."""
+    name: str = setting("causal")
+    """"causal": predict the next token; "masked": hidden tokens from both sides (BERT, arXiv 1810.04805);
+    "next_sentence": whether one stretch of text follows another; "classification": labels (see data.label_column).
+    Joined by "+" their losses are added, each times the number behind ":" (masked+next_sentence:0.5); a comma and "@"
+    begin another at a step (masked,causal@500)."""
     mask_probability: float = setting(0.15, low=0.001, high=0.95)
     """Masked: part of the tokens to predict. Of these 80 % become <mask>, 10 % a random token, 10 % stay."""
+    mask_unit: str = setting("token", choices=("token", "word", "span"))
+    """Masked: what is chosen as a whole: a token, a word (a Chinese character is one), or a span of 1 to 10 tokens (3.8
+    on average), which all become the same (SpanBERT, arXiv 1907.10529)."""
+    class_weights: str = setting("none", choices=("none", "balanced"))
+    """Classification: "balanced" weighs each text by texts / (classes · texts of its class)."""
+    classes: list[str] = setting([])
+    """Classification: names of the classes in the order of the model's outputs; a run sets them from the labels."""
+
+    def check(self):
+        object.__setattr__(self, "phases", self._phases())
+
+    def _phases(self) -> list[tuple[int, dict[str, float]]]:
+        """(first step, {part: weight}) of each."""
+        phases = []
+        for phase in self.name.replace(" ", "").split(","):
+            mixture, at, step = phase.partition("@")
+            is_later = phases and step.isdecimal() and len(step) < 19 and int(step) > phases[-1][0]
+            if not is_later if phases else at:
+                raise ValueError(f"name = {self.name!r}: {phase!r} does not say when it begins; write the first "
+                                 "without a step, the others as NAME@STEP, each later than the one before")
+            phases.append((int(step or 0), self._weights(mixture)))
+        return phases
+
+    def _weights(self, mixture):
+        weights = {}
+        for term in mixture.split("+"):
+            part, colon, weight = term.partition(":")
+            if part not in PARTS:
+                raise ValueError(f"name = {self.name!r}: {part!r} is none of: {', '.join(PARTS)}; "
+                                 "join them by + or ,")
+            if part in weights:
+                raise ValueError(f"name = {self.name!r}: {part} stands twice in one sum; keep one of them")
+            try:
+                weights[part] = float(weight) if colon else 1.0
+            except ValueError:
+                weights[part] = math.nan
+            if not 0 < weights[part] < math.inf:
+                raise ValueError(f"name = {self.name!r}: the weight {weight!r} of {part} is no number above 0")
+        return weights
+
+    @property
+    def parts(self) -> set[str]:
+        """All parts that are trained at some step."""
+        return {part for _, weights in self.phases for part in weights}
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model has learnt, at the end, to continue text."""
+        return "causal" in self.phases[-1][1]
 
 
 @dataclass(frozen=True)
@@ -235,6 +310,9 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     run_dir: str = setting("")
     """Where the run is kept; empty: runs/ and the config file's name."""
+    start_from: str = setting("")
+    """A run or checkpoint whose weights, tokenizer and [model] settings a new run begins with (fine-tuning); heads that
+    it does not have are new."""
     max_steps: int = setting(1000, low=1)
     """Optimizer steps."""
     batch_size: int = setting(16, low=1, high=1 << 20)
@@ -259,9 +337,12 @@ class TrainConfig(Section):
     keep_last: int = setting(2, low=1)
     """Newest checkpoints that are kept."""
     keep_best: bool = setting(True)
-    """Also save at, and keep, the evaluation with the lowest validation loss."""
+    """Also save at, and keep, the best evaluation."""
+    best_by: str = setting("val_loss")
+    """Which number of an evaluation tells the best: val_loss and others that end in loss, bpb or a part's name, of
+    which the lowest is, or val_accuracy, val_macro_f1, val_masked_accuracy and the like, of which the highest is."""
     early_stopping: int = setting(0, low=0)
-    """Stop after so many evaluations in a row without a lower validation loss; 0: never."""
+    """Stop after so many evaluations in a row that were not better than the best; 0: never."""
     log_every: int = setting(10, low=1)
     """Steps between lines of metrics.jsonl."""
     sample_prompts: list[str] = setting([])
@@ -383,7 +464,25 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     for section, key, value in overrides:
         tree.setdefault(section, {})[key] = value
         places[section, key] = "command line: "
+    start, model = tree.get("train", {}).get("start_from"), tree.get("model", {})
+    if isinstance(start, str) and start and len(model) < len(dataclasses.fields(ModelConfig)):
+        if "preset" in model:
+            raise ValueError(f"{places['model', 'preset']}model.preset does not go with train.start_from, which has a "
+                             "model already; leave out one of them")
+        tree["model"] = _model_of(start, places["train", "start_from"]) | model
     return make_config(tree, places)
+
+
+def _model_of(start, place):
+    """The [model] of a run or checkpoint."""
+    from minigpt import checkpoint  # which loads torch
+
+    try:
+        found = checkpoint.find(start)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place}train.start_from: {error}") from None
+    model = dataclasses.asdict(found.config.model)
+    return model | {"pooling": "last"} if found.config.objective.is_causal else model
 
 
 def _read(path):

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,14 @@ from minigpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Dataset:
-    directory: Path
+    fingerprint: str
+    """Of the text, its splits and the tokenizer."""
     name: str
     tokenizer: Tokenizer
     train: Split
     val: Split
+    directory: Path | None = None
+    """Where the shards are, of a data set that is on disk."""
 
 
 def cache_directory(configured: str = "") -> Path:
@@ -41,37 +44,52 @@ def cache_directory(configured: str = "") -> Path:
     return expanded(configured or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/minigpt", "data.cache_dir")
 
 
-def prepare(data: DataConfig, tokenizer: TokenizerConfig, say=lambda line: None) -> Dataset:
+def prepare(data: DataConfig, settings: TokenizerConfig, say=lambda line: None,
+            tokenizer: Tokenizer | None = None) -> Dataset:
     """The shards of a corpus, made at the first call and found in the cache by content after that.
 
-    `say` is told, a line each, what takes time. Raises ValueError or FileNotFoundError naming the file at fault.
+    `say` is told, a line each, what takes time. Where no tokenizer is given, `settings` tell which. Raises ValueError
+    or FileNotFoundError naming the file at fault.
     """
     corpus = open_corpus(data.path, include=data.include, val_path=data.val_path, val_fraction=data.val_fraction)
     cache = cache_directory(data.cache_dir)
     content = corpus.fingerprint()
     lock = cache / "locks" / _key(content)
     with locked(lock, lambda: say(f"waiting for another process that prepares {corpus.name}")):
-        trained = _tokenizer(corpus, content, tokenizer, cache, say)
-        directory = cache / "shards" / _key(FORMAT, content, trained.fingerprint)
+        trained = tokenizer or _tokenizer(corpus, content, settings, cache, say)
+        key = _key(FORMAT, content, trained.fingerprint)
+        directory = cache / "shards" / key
         if directory.exists():
             try:
-                return Dataset(directory, corpus.name, trained, **open_splits(directory, corpus, trained))
+                return Dataset(key, corpus.name, trained, **open_splits(directory, corpus, trained),
+                               directory=directory)
             except ValueError as error:
                 say(f"{error}; making the shards again")
         say(f"tokenizing {sum(d.end - d.start for d in corpus.train + corpus.val) / 1e6:.1f} MB of {corpus.name}")
         write_shards(corpus, trained, directory)
-        return Dataset(directory, corpus.name, trained, **open_splits(directory, corpus, trained))
+        return Dataset(key, corpus.name, trained, **open_splits(directory, corpus, trained), directory=directory)
 
 
 def _key(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _tokenizer(corpus, content, config, cache, say):
-    if config.path:
-        return Tokenizer.load(expanded(config.path, "tokenizer.path"))
-    if config.kind == "bytes":
+def new_tokenizer(settings: TokenizerConfig, name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that settings tell of; one that must be learnt is learnt from texts, of what messages call `name`.
+    """
+    if settings.path:
+        return Tokenizer.load(expanded(settings.path, "tokenizer.path"))
+    if settings.kind == "bytes":
         return Tokenizer.train((), kind="bytes")
+    try:
+        return _interruptible(lambda: Tokenizer.train(texts(), vocab_size=settings.vocab_size))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _tokenizer(corpus, content, config, cache, say):
+    if config.path or config.kind == "bytes":
+        return new_tokenizer(config, corpus.name, tuple)
     directory = cache / "tokenizers" / _key(FORMAT, content, config.kind, config.vocab_size, config.sample_bytes)
     try:
         return Tokenizer.load(directory)
@@ -80,11 +98,7 @@ def _tokenizer(corpus, content, config, cache, say):
     except ValueError as error:
         say(f"{error}; training it again")
     say(f"training a tokenizer of {config.vocab_size} tokens on {corpus.name}")
-    try:
-        trained = _interruptible(lambda: Tokenizer.train(_sample(corpus.train, config.sample_bytes),
-                                                         vocab_size=config.vocab_size))
-    except ValueError as error:
-        raise ValueError(f"{corpus.name}: {error}") from None
+    trained = new_tokenizer(config, corpus.name, lambda: _sample(corpus.train, config.sample_bytes))
     with made_whole(directory) as unfinished:
         trained.save(unfinished)
     return trained

@@ -431,7 +431,7 @@ class Run:
         """The ids of a prompt behind what stands before one; of None, what stands before a document."""
         if self.tokenizer is None:
             raise ValueError(f"{self.path}: has no tokenizer; import it again with --tokenizer DIR")
-        if self.config.objective.name != "causal":
+        if not self.config.objective.is_causal:
             raise ValueError(f"{self.path}: trained with the objective {self.config.objective.name!r}, so it cannot "
                              "continue text; sample from a causal model")
         if prompt == "":

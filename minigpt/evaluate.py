@@ -1,4 +1,4 @@
-"""How good a model is on held-out text: nats per token and, for causal models, bits per byte."""
+"""How good a model is on held-out text: nats per target, how many are right and, for causal models, bits per byte."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from minigpt.data import in_order
 from minigpt.shards import Split
 
 
@@ -15,37 +14,34 @@ class Stopped(Exception):
 
 
 @torch.no_grad()
-def evaluate(model, objective, split: Split, *, context_length: int, batch_size: int, autocast,
+def evaluate(model, objective, split: Split, *, batch_size: int, autocast,
              should_stop=lambda: False) -> dict[str, float]:
-    """Loss on the whole split, in windows of the context's length from front to back; each token is scored once.
+    """Loss on the whole split, from front to back, in windows of the context's length or in what the objective reads.
 
-    Gives `val_loss` (nats per target, the parts weighted as in training), `val_<part>` for each part, and for causal
-    models `val_bpb` = summed nats / ln 2 / UTF-8 bytes of the raw text. The first token of a
-    document is predicted from <s>; <s> itself is no text and is not scored. `model` is the plain GPT, `autocast` a
-    context manager factory. Raises Stopped as soon as `should_stop()` is true.
+    Gives `val_loss` (nats per target, the parts weighted), `val_<part>` for each part, `val_<part>_accuracy` or what
+    else the objective measures, and for causal models `val_bpb` = summed nats / ln 2 / UTF-8 bytes of the raw text:
+    each token is scored once, the first of a document is predicted from <s>, and <s> itself is no text and is not
+    scored. `model` is the plain GPT, `autocast` a context manager factory. Raises Stopped as soon as `should_stop()` is
+    true.
     """
     was_training = model.training
     model.eval()
-    device = model.device
-    sums, counts, row = {}, {}, 0
+    sums, counts, found = dict.fromkeys(objective.weights, 0.0), dict.fromkeys(objective.weights, 0), {}
     try:
-        for rows in in_order(split, context_length, objective.extra, batch_size,
-                             objective.tokenizer.roles.padding):
+        for batch in objective.in_order(split, batch_size):
             if should_stop():
                 raise Stopped
-            batch = objective.batch(rows, row, training=False)
-            row += len(rows)
             for part, count in objective.counts(batch).items():
-                counts[part] = counts.get(part, 0) + count
+                counts[part] += count
             with autocast():
-                losses = objective.losses(model, batch.to(device))
+                losses = objective.losses(model, batch.to(model.device), found)
             for part, loss in losses.items():
-                sums[part] = sums.get(part, 0.0) + loss.double().item()
+                sums[part] += loss.double().item()
     finally:
         model.train(was_training)
-    means = {part: sums[part] / max(1, counts[part]) for part in sums}
+    means = {part: sums[part] / (counts[part] or 1) for part in sums}
     result = {"val_loss": sum(objective.weights[part] * mean for part, mean in means.items())}
-    result |= {f"val_{part}": mean for part, mean in means.items()}
-    if objective.is_causal:
-        result["val_bpb"] = sum(sums.values()) / math.log(2) / split.num_bytes
+    result |= {f"val_{part}": mean for part, mean in means.items()} | objective.metrics(found)
+    if "causal" in sums:
+        result["val_bpb"] = sums["causal"] / math.log(2) / split.num_bytes
     return result

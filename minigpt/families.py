@@ -13,9 +13,10 @@ from functools import partial
 
 import torch
 
-from minigpt.config import ModelConfig
+from minigpt.config import ModelConfig, ObjectiveConfig
 from minigpt.model import MLPS
 
+PRETRAINED_BERT = "BertForPreTraining"
 ACTIVATIONS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}
 """{theirs: our `mlp`}."""
 
@@ -74,6 +75,11 @@ class Family:
     """Beginnings of names of tensors that have no counterpart of ours, as they serve another objective."""
     old_names: tuple[tuple[str, str], ...] = ()
     """(end of a name, the end that it has in old files)"""
+    with_next_sentence: str = ""
+    """The architecture of a model with that head, where there is one."""
+
+    def architecture_of(self, model: ModelConfig) -> str:
+        return self.with_next_sentence if model.next_sentence else self.architecture
 
 
 def _norm(ours, theirs, biased):
@@ -144,11 +150,13 @@ def _bert_settings(given):
         depth=given["num_hidden_layers"], width=given["hidden_size"], num_heads=given["num_attention_heads"],
         mlp=_activation(given.get("hidden_act", "gelu")), mlp_width=given["intermediate_size"], norm="layer_norm",
         norm_eps=given.get("layer_norm_eps", 1e-12), norm_position="post", embedding_norm=True,
-        token_types=given.get("type_vocab_size", 2), head_transform=True, position="learned", qk_norm=False, bias=True)
+        token_types=given.get("type_vocab_size", 2), head_transform=True, position="learned", qk_norm=False, bias=True,
+        next_sentence=PRETRAINED_BERT in (given.get("architectures") or ()))
 
 
 def _bert_config(model):
     return {
+        **({"architectures": [PRETRAINED_BERT]} if model.next_sentence else {}),
         "vocab_size": model.vocab_size, "max_position_embeddings": model.context_length,
         "num_hidden_layers": model.depth, "hidden_size": model.width, "num_attention_heads": model.num_heads,
         "intermediate_size": _mlp_width(model), "hidden_act": "gelu_new" if model.mlp == "gelu" else "gelu",
@@ -175,6 +183,9 @@ def _bert_pairs(model):
     yield from _linear("head.transform.dense", [f"{head}.transform.dense"], True)
     yield from _norm("head.transform.norm", f"{head}.transform.LayerNorm", True)
     yield Pair("head.bias", (f"{head}.bias",))
+    if model.next_sentence:
+        yield from _linear("pooler.dense", ["bert.pooler.dense"], True)
+        yield from _linear("next_sentence", ["cls.seq_relationship"], True)
 
 
 def _llama_settings(given):
@@ -315,7 +326,8 @@ FAMILIES = {
                        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
                        ("cls.predictions.decoder.bias", "cls.predictions.bias")), can_untie=False,
                    left_out=("bert.pooler.", "cls.seq_relationship."),
-                   old_names=((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))),
+                   old_names=((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta")),
+                   with_next_sentence=PRETRAINED_BERT),
 }
 """{their model_type: the family}; SmolLM is a Llama."""
 NANOGPT = Family("GPT of nanoGPT", _nanogpt_settings, None, partial(_gpt2_pairs, transposed=False), "transformer.",
@@ -327,7 +339,7 @@ def family_for(model: ModelConfig, objective: str) -> tuple[str, Family]:
 
     Raises Unsupported naming a setting that no family has as the model has it.
     """
-    wanted, nearest = _spelled_out(model), None
+    wanted, nearest, learnt = _spelled_out(model), None, ObjectiveConfig(name=objective).phases[-1][1]
     for kind, family in FAMILIES.items():
         try:
             read = _spelled_out(ModelConfig(**family.settings({"model_type": kind} | family.config(model))))
@@ -335,7 +347,7 @@ def family_for(model: ModelConfig, objective: str) -> tuple[str, Family]:
             continue
         differ = [f"model.{key} = {wanted[key]!r}" for key in wanted
                   if wanted[key] != read[key] and key not in _unused(model)]
-        differ += [f"objective.name = {objective!r}"] * (family.objective != objective)
+        differ += [f"objective.name = {objective!r}"] * (family.objective not in learnt)
         if not differ:
             return kind, family
         if nearest is None or len(differ) < len(nearest[1]):
@@ -358,4 +370,5 @@ def _unused(model):
     """Settings that a forward pass does not depend on."""
     rope = {"rope_base", "rope_scale"} if model.position != "rotary" else set()
     turns = {"rope_low_turns", "rope_high_turns"} if not model.rope_original_context else set()
-    return {"dropout", "init_std"} | rope | turns
+    pooling = {"pooling"} if not model.next_sentence and not model.num_classes else set()
+    return {"dropout", "init_std"} | rope | turns | pooling

@@ -281,19 +281,20 @@ def import_model(source: Path, out: Path, tokenizer: Path | None = None, warn=pr
     elif vocabulary.vocab_size > found.model.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {vocabulary.vocab_size} tokens and the model "
                          f"{found.model.vocab_size}; they do not belong together")
-    config = Config(model=found.model, objective=ObjectiveConfig(name=found.family.objective))
+    objective = found.family.objective + ("+next_sentence" if found.model.next_sentence else "")
+    config = Config(model=found.model, objective=ObjectiveConfig(name=objective))
     shapes = {pair.ours: found.shapes[pair.ours] for pair in planned}
     with new_directory(out) as unfinished:
         checkpoint.write(unfinished, {
             WEIGHTS: lambda path: write_tensors(path, shapes, found.tensors(planned)),
             "optimizer.safetensors": lambda path: save_file({}, path),
-        }, {"imported": {"architecture": found.family.architecture}}, config, vocabulary)
+        }, {"imported": {"architecture": found.family.architecture_of(found.model)}}, config, vocabulary)
     if left_out:
         warn(f"warning: left out, as they serve another objective: {', '.join(left_out)}")
     if vocabulary is None:
         warn(f"warning: {directory} has no {' or '.join(hf_tokenizer.FILES)}; without a tokenizer the model takes "
              "token ids only; --tokenizer DIR takes one from elsewhere")
-    return f"{out}: {found.family.architecture}, {_size(shapes)}" + (
+    return f"{out}: {found.family.architecture_of(found.model)}, {_size(shapes)}" + (
         "" if vocabulary is None else f", {vocabulary.vocab_size} tokens")
 
 
@@ -327,7 +328,7 @@ def export_model(source: Path, out: Path, warn=print) -> str:
             sync_file(file)
     if tokenizer is None:
         warn(f"warning: {found.path} has no tokenizer, so none was written")
-    return f"{out}: {family.architecture}, {_size(shapes_of(model))}"
+    return f"{out}: {family.architecture_of(model)}, {_size(shapes_of(model))}"
 
 
 def model_card(found: checkpoint.Checkpoint, family: Family, name: str) -> str:
@@ -336,7 +337,8 @@ def model_card(found: checkpoint.Checkpoint, family: Family, name: str) -> str:
     causal = family.objective == "causal"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {'text-generation' if causal else 'fill-mask'}",
              "tags: [minigpt]", "---", "", f"# {name}", "",
-             f"{family.architecture} of {_size(shapes_of(model))}, written by minigpt.", "", "| | |", "|---|---|",
+             f"{family.architecture_of(model)} of {_size(shapes_of(model))}, written by minigpt.", "",
+             "| | |", "|---|---|",
              f"| context | {model.context_length} tokens |", f"| vocabulary | {model.vocab_size} tokens |",
              f"| layers, width, heads | {model.depth}, {model.width}, {model.num_heads} |",
              f"| objective | {found.config.objective.name} |"]
@@ -346,7 +348,8 @@ def model_card(found: checkpoint.Checkpoint, family: Family, name: str) -> str:
         lines += [f"| trained for | {loop['step']} steps, {tokens:,} tokens |"]
         lines += [f"| {key.replace('_', ' ')} on held-out text | {loop['evaluated'][key]:.4f} |"
                   for key in ("val_loss", "val_bpb") if key in loop.get("evaluated", {})]
-    kind = "AutoModelForCausalLM" if causal else "AutoModelForMaskedLM"
+    kind = "CausalLM" if causal else "PreTraining" if model.next_sentence else "MaskedLM"
+    kind = f"AutoModelFor{kind}"
     lines += ["", "```python", f"from transformers import {kind}, AutoTokenizer", "",
               f'model = {kind}.from_pretrained("{name}")']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] * (found.tokenizer is not None)

@@ -216,6 +216,19 @@ class QuantizedHead(QuantizedLinear):
     forward, loss = Head.forward, Head.loss
 
 
+class Pooler(nn.Module):
+    """tanh(dense(x)) of one vector of each row (BERT): (B, T, C) to (B, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = Linear(config.width, config.width)
+        self.takes_last = config.pooling == "last"
+
+    def forward(self, hidden, lengths):
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self.dense(hidden[rows, lengths - 1 if self.takes_last else 0]).tanh()
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values, from one fused projection."""
 
@@ -295,6 +308,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.norm_position](config, layer) for layer in range(config.depth))
         self.final_norm = NORMS[config.norm](config) if config.norm_position == "pre" else NoNorm()
         self.head = head(config)
+        self.pooler = Pooler(config) if config.next_sentence or config.num_classes else None
+        self.next_sentence = Linear(config.width, 2) if config.next_sentence else None
+        self.classifier = Linear(config.width, config.num_classes) if config.num_classes else None
         if config.tied_embeddings:
             for name, tensor in self.embedding.named_parameters():
                 setattr(self.head, name, tensor)
@@ -341,6 +357,20 @@ class GPT(nn.Module):
             x, residual = block(x, residual, angles, causal, document_ids, cache)
         return self.final_norm(x, residual)[0]
 
+    def next_sentence_logits(self, hidden, lengths):
+        """(B, 2) from `hidden` (B, T, C) of rows of `lengths` (B,) tokens: the second text follows the first, or not.
+        """
+        return self.next_sentence(self.pooler(hidden, lengths)).float()
+
+    def class_logits(self, hidden, lengths):
+        """(B, num_classes) from `hidden` (B, T, C) of rows of `lengths` (B,) tokens."""
+        return self.classifier(self.dropout(self.pooler(hidden, lengths))).float()
+
+    @property
+    def pools_causally(self) -> bool:
+        """Whether what the pooled heads read comes from causal attention."""
+        return self.config.pooling == "last"
+
     def forward(self, tokens, **context):
         return self.head(self.hidden(tokens, **context)).float()
 
@@ -361,9 +391,11 @@ class GPT(nn.Module):
     def flops_per_token(self, context_length: int | None = None) -> float:
         """Floating-point operations of a forward and backward pass per token: 6 N + 12 · depth · H · D · T.
 
-        N are the weights of the linear layers, the head included; causal attention is counted in full
+        N are the weights of the linear layers, the head included, pooled heads not; causal attention is counted in full
         (arXiv 2204.02311, appendix B).
         """
         config = self.config
-        N = sum(module.weight.numel() for module in self.modules() if isinstance(module, Linear))
+        pooled = {self.pooler and self.pooler.dense, self.next_sentence, self.classifier}
+        N = sum(module.weight.numel() for module in self.modules()
+                if isinstance(module, Linear) and module not in pooled)
         return 6 * N + 12 * config.depth * config.num_heads * config.D * (context_length or config.context_length)

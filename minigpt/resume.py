@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -13,10 +12,15 @@ import torch
 
 from minigpt import checkpoint
 from minigpt.config import Config
+from minigpt.tokenizer import Tokenizer
 
 FIXED_ON_RESUME = ("data.order", "data.document_mask", "tokenizer", "model", "objective", "train.seed",
-                   "train.batch_size", "train.accumulation_steps", "optim.name")
+                   "train.batch_size", "train.accumulation_steps", "train.best_by", "optim.name", "data.long_texts",
+                   "data.text_columns", "data.label_column")
 """Settings that a resumed run must share with the run as it was begun. The text may have moved, not changed."""
+FILLED_IN = {("model", "vocab_size"), ("model", "next_sentence"), ("model", "num_classes"), ("model", "token_types"),
+             ("objective", "classes")}
+"""Settings that a run itself sets, from its text and its objective; see `filled_in`."""
 MOST = 1 << 62
 SAVED = {"loop": dict, "dataset": str, "dtype": str, "scaler": dict, "random": dict, "made_with": str}
 """What state.json holds."""
@@ -29,10 +33,11 @@ class LoopState:
     step: int = 0
     rows: int = 0
     """Position in the data: training rows dealt so far."""
-    best_loss: float = math.inf
+    best: float | None = None
+    """The best evaluation's number that train.best_by names."""
     best_step: int | None = None
     worse_evaluations: int = 0
-    """Evaluations in a row without a lower validation loss, for early stopping."""
+    """Evaluations in a row that were not better than the best, for early stopping."""
     evaluated: dict = dataclasses.field(default_factory=dict)
     """Result of the last evaluation."""
     evaluated_step: int | None = None
@@ -126,11 +131,30 @@ def check_same_run(found: checkpoint.Checkpoint, config: Config) -> None:
     for place in FIXED_ON_RESUME:
         section, _, only = place.partition(".")
         for key in [only] if only else now[section]:
-            if (section, key) in (("model", "vocab_size"), ("tokenizer", "path")):
-                continue                                # the run fills in the first; the second is a mere place
+            if (section, key) in FILLED_IN or (section, key) == ("tokenizer", "path"):
+                continue                                # the latter is a mere place
             if before[section][key] != now[section][key]:
                 raise ValueError(f"{section}.{key} = {now[section][key]!r}, but {found.path.parent.parent} was begun "
                                  f"with {before[section][key]!r}; restore it, or begin anew in another train.run_dir")
+
+
+def filled_in(config: Config, tokenizer: Tokenizer, classes: tuple[str, ...]) -> Config:
+    """A config with the settings in it that its objective, its tokenizer and its labels decide.
+
+    Raises ValueError for a vocabulary that is too small.
+    """
+    model, objective = config.model, config.objective
+    vocab_size = model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"model.vocab_size = {vocab_size} is less than the tokenizer's {tokenizer.vocab_size}; leave "
+                         "it out, or make it at least that")
+    settings = {"vocab_size": vocab_size}
+    if "next_sentence" in objective.parts:
+        settings |= {"next_sentence": True, "token_types": model.token_types or 2}
+    if "classification" in objective.parts:
+        settings["num_classes"] = len(classes)
+    return dataclasses.replace(config, model=dataclasses.replace(model, **settings),
+                               objective=dataclasses.replace(objective, classes=list(classes)))
 
 
 def restore(found: checkpoint.Checkpoint, model, optimizers, scaler) -> None:

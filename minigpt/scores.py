@@ -299,6 +299,6 @@ def must_be_causal(run) -> None:
     """Raise ValueError where a run gives no text a probability."""
     if run.tokenizer is None:
         raise ValueError(f"{run.path}: has no tokenizer; import it again with --tokenizer DIR")
-    if run.config.objective.name != "causal":
+    if not run.config.objective.is_causal:
         raise ValueError(f"{run.path}: trained with the objective {run.config.objective.name!r}; only a causal model "
                          "gives the probability of a text")

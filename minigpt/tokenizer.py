@@ -41,6 +41,11 @@ class Roles:
     prompt_start: tuple[int, ...] = (SPECIAL_TOKENS["<s>"],)
     """Stand before a prompt."""
 
+    @property
+    def separator(self) -> int:
+        """Stands behind each of the texts in one row."""
+        return self.end_tokens[-1]
+
 
 class Tokenizer:
     """A trained tokenizer: make one with `Tokenizer.train` or `Tokenizer.load`.

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 import kernels
-from minigpt import checkpoint
+from minigpt import checkpoint, labelled
 from minigpt.config import Config, SamplingParams
-from minigpt.data import Dealer, prepare
+from minigpt.data import Dataset, prepare
 from minigpt.device import peak_flops, pick_device, pick_dtype
 from minigpt.engine import Run
 from minigpt.evaluate import Stopped, evaluate
@@ -32,8 +32,9 @@ from minigpt.model import GPT
 from minigpt.objectives import CompiledHidden, make_objective
 from minigpt.optim import make_optimizers, schedule, set_learning_rate
 from minigpt.progress import Progress, duration, process_age
-from minigpt.resume import LoopState, open_run, random_state, restore, set_random_state
+from minigpt.resume import LoopState, filled_in, open_run, random_state, restore, set_random_state
 from minigpt.signals import StopFlag, stop_signals
+from minigpt.tokenizer import Tokenizer
 from minigpt.update import Spike, Unsound, add_gradients, apply_gradients
 
 SETTLED_STEPS = 20
@@ -95,25 +96,31 @@ class Trainer:
         self.dtype = getattr(torch, self.dtype_name)
         torch.manual_seed(config.train.seed)
 
-        self.dataset = prepare(config.data, config.tokenizer, say)
-        if found and found.state["dataset"] != self.dataset.directory.name:
+        start = self.start_of(config) if config.train.start_from and not found else None
+        self.dataset = self.prepare(config, (found or start).tokenizer if found or start else None)
+        if found and found.state["dataset"] != self.dataset.fingerprint:
             raise ValueError(f"{run}: the text or the tokenizer at {config.data.path} is not the one this run began "
                              "with; restore it, or begin anew in another train.run_dir")
-        self.tokenizer = found.tokenizer if found else self.dataset.tokenizer
-        vocab_size = config.model.vocab_size or self.tokenizer.vocab_size
-        if vocab_size < self.tokenizer.vocab_size:
-            raise ValueError(f"model.vocab_size = {vocab_size} is less than the tokenizer's "
-                             f"{self.tokenizer.vocab_size}; leave it out, or make it at least that")
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+        self.tokenizer = self.dataset.tokenizer
+        config = filled_in(config, self.tokenizer, getattr(self.dataset.train, "classes", ()))
         self.config, self.micro_batch = config, state.micro_batch or config.train.batch_size
-        self.objective = make_objective(config, self.tokenizer)
-        self.dealer = Dealer(self.dataset.train, config.model.context_length, extra=self.objective.extra,
-                             order=config.data.order, seed=config.train.seed)
+        self.objective = make_objective(config, self.tokenizer, self.dataset.train)
+        known = ["val_loss", *(f"val_{part}" for part in self.objective.evaluated.weights),
+                 *["val_bpb"] * config.objective.is_causal, *self.objective.evaluated.measured]
+        if config.train.best_by not in known:
+            raise ValueError(f"train.best_by = {config.train.best_by!r} is nothing that an evaluation gives here: "
+                             f"{', '.join(known)}")
+
+        for task in self.objective.evaluated.tasks:
+            next(task.in_order(self.dataset.val, 1))    # which raises where the held-out text cannot serve
 
         self.model = GPT(config.model).to(self.device)
         self.optimizers = make_optimizers(self.model, config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         self.forward = self.compiled() if config.train.compile else self.model
+        if start:
+            new = start.load_start(self.model, config.objective.classes)
+            say(f"starting from {start.path}" + (f"; new are {', '.join(new)}" if new else ""))
         if found:
             restore(found, self.model, self.optimizers, self.scaler)
             say(f"going on from {found.path}")
@@ -135,6 +142,29 @@ class Trainer:
         say(f"{self.dataset.name}: {len(self.dataset.train):,} tokens of {self.dataset.train.num_bytes:,} bytes to "
             f"train on, {len(self.dataset.val):,} held out; {self.model.num_parameters / 1e6:.2f}M parameters; "
             f"{self.device}, {self.dtype_name}")
+
+    @staticmethod
+    def start_of(config: Config) -> checkpoint.Checkpoint:
+        """The checkpoint that a new run starts from, which must have a tokenizer."""
+        start = checkpoint.find(expanded(config.train.start_from, "train.start_from"))
+        if start.tokenizer is None:
+            raise ValueError(f"train.start_from: {start.path} has no tokenizer; import it again with --tokenizer DIR")
+        if config.tokenizer.path:
+            raise ValueError("tokenizer.path does not go with train.start_from, which has one; leave it out")
+        return start
+
+    def prepare(self, config: Config, tokenizer: Tokenizer | None) -> Dataset:
+        """The text to learn from, or the table of texts with labels."""
+        if "classification" not in config.objective.parts:
+            return prepare(config.data, config.tokenizer, self.progress.say, tokenizer)
+        dataset = labelled.prepare(config.data, config.tokenizer, config.objective.classes, tokenizer)
+        for split in (dataset.train, dataset.val):
+            count = sum(labelled.is_long(text, config.model.context_length) for text in split.texts)
+            if count:
+                what = "their beginnings are" if config.data.long_texts == "truncate" else "all their pieces are"
+                self.progress.say(f"{split.name}: {count} of {len(split.texts)} texts do not fit the context of "
+                                  f"{config.model.context_length} tokens; {what} read (data.long_texts)")
+        return dataset
 
     @property
     def made_with(self) -> str:
@@ -188,6 +218,8 @@ class Trainer:
             self.avoided += self.sources(state.rows)
             state.rows += self.rows_per_step
         self.batch = (state.step + 1, state.rows)
+        if any(state.step == first for first, _ in self.objective.phases):
+            state.average_loss = None                       # of another mixture
         rate = schedule(state.step, config.train.max_steps, config.optim)
         set_learning_rate(self.optimizers, rate)
         highest = math.inf
@@ -222,9 +254,10 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         first, stop = self.state.rows, self.state.rows + self.rows_per_step
-        batches = [self.objective.batch(self.dealer.rows(start, min(self.micro_batch, stop - start)), start)
-                   for start in range(first, stop, self.micro_batch)]
-        return add_gradients(self.forward, self.objective, batches, self.scaler, self.autocast, self.device)
+        mixture = self.objective.at(self.state.step)
+        batches = [batch for start in range(first, stop, self.micro_batch)
+                   for batch in mixture.draw(start, min(self.micro_batch, stop - start))]
+        return add_gradients(self.forward, mixture, batches, self.scaler, self.autocast, self.device)
 
     def within_memory(self, work):
         """What `work` gives, made again with half the micro-batch for as long as the GPU's memory is too small."""
@@ -252,16 +285,19 @@ class Trainer:
         state, config = self.state, self.config
         try:
             evaluated = self.within_memory(lambda: evaluate(
-                self.model, self.objective, self.dataset.val, context_length=config.model.context_length,
-                batch_size=self.micro_batch, autocast=self.autocast, should_stop=lambda: self.stop.number))
+                self.model, self.objective.evaluated, self.dataset.val, batch_size=self.micro_batch,
+                autocast=self.autocast, should_stop=lambda: self.stop.number))
             samples = self.samples()
         except Stopped:
             state.owed = finite(record)
             return record, False
         state.owed, state.evaluated, state.evaluated_step = {}, evaluated, state.step
-        best = evaluated["val_loss"] < state.best_loss
+        number = evaluated[config.train.best_by]
+        higher = config.train.best_by in self.objective.evaluated.measured
+        best = math.isfinite(number) and (
+            state.best is None or (number > state.best if higher else number < state.best))
         if best:
-            state.best_loss, state.best_step, state.worse_evaluations = evaluated["val_loss"], state.step, 0
+            state.best, state.best_step, state.worse_evaluations = number, state.step, 0
         else:
             state.worse_evaluations += 1
         record = record | evaluated
@@ -272,7 +308,7 @@ class Trainer:
 
     def samples(self) -> list[dict]:
         """Continuations of train.sample_prompts with a fixed seed, so that those of two steps can be compared."""
-        if not self.objective.is_causal:
+        if not self.config.objective.is_causal:
             return []
         samples, run = [], Run(self.model, self.tokenizer, self.config, self.run, slots=1)
         self.model.eval()
@@ -298,7 +334,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         random = {name: base64.b64encode(state.numpy().tobytes()).decode()
                   for name, state in random_state(self.device).items()}
-        state = {"loop": dataclasses.asdict(self.state), "dataset": self.dataset.directory.name,
+        state = {"loop": dataclasses.asdict(self.state), "dataset": self.dataset.fingerprint,
                  "dtype": self.dtype_name, "scaler": self.scaler.state_dict(), "random": random,
                  "made_with": self.made_with}
         try:
@@ -359,7 +395,8 @@ class Trainer:
 
     def sources(self, first: int) -> list[tuple[str, int]]:
         """Document and byte offset at which each row of the batch from row `first` on begins."""
-        return [self.dealer.source(row) for row in range(first, first + self.rows_per_step)]
+        mixture = self.objective.at(self.state.step)
+        return [source for row in range(first, first + self.rows_per_step) for source in mixture.sources(row)]
 
     def place(self) -> str:
         """Where the batch last drawn came from, in words."""
@@ -375,8 +412,9 @@ class Trainer:
         """The model with a compiled `hidden`, proved on one row; where that fails the plain one, and a line why."""
         try:
             fast = CompiledHidden(self.model)
-            batch = self.objective.batch(self.dealer.rows(0, 1), 0).to(self.device)
-            self.objective.losses(fast, batch)
+            mixture = self.objective.at(self.state.step)
+            for batch in mixture.draw(0, 1):
+                mixture.losses(fast, batch.to(self.device))
             return fast
         except Exception as error:
             self.progress.say(f"torch.compile does not work here ({type(error).__name__}); going on without it")
@@ -391,12 +429,19 @@ def evaluation_line(record: dict, stopped_early: bool) -> str:
     parts = [f"step {record['step']}: validation loss {record['val_loss']:.4f}"]
     if "val_bpb" in record:
         parts.append(f"{record['val_bpb']:.4f} bits per byte")
+    parts += measured(record)
     if "train_loss" in record:
         parts += [f"training loss {float(record['train_loss']):.4f}", duration(record["elapsed_seconds"])]
     return ", ".join(parts) + ("; stopping early" if stopped_early else "")
 
 
+def measured(record: dict) -> list[str]:
+    """An evaluation's accuracies and the like, in words."""
+    return [f"{name.removeprefix('val_').replace('_', ' ')} {value:.4f}" for name, value in record.items()
+            if name.startswith("val_") and name.endswith(("accuracy", "f1"))]
+
+
 def closing_line(evaluated: dict) -> str:
     if "val_bpb" in evaluated:
-        return f"final: {evaluated['val_bpb']:.4f} bits per byte"
-    return f"final: {evaluated['val_loss']:.4f} nats per target"
+        return ", ".join([f"final: {evaluated['val_bpb']:.4f} bits per byte", *measured(evaluated)])
+    return ", ".join([f"final: {evaluated['val_loss']:.4f} nats per target", *measured(evaluated)])

@@ -28,22 +28,34 @@ def parameters_of(optimizers: list[Optimizer]) -> list[torch.nn.Parameter]:
 def add_gradients(model, objective, batches, scaler, autocast, device) -> dict:
     """Back-propagate the micro-batches of a step, and give `train_loss` and each part's loss by its name.
 
-    Summed losses are divided by the counts over all micro-batches, so that any cut into micro-batches gives one result.
+    Summed losses are divided by the counts over all micro-batches of all ranks, so that any cut into micro-batches and
+    ranks gives one result, once the gradients are averaged over ranks as DistributedDataParallel does.
     """
-    counts = {}
+    counts = dict.fromkeys(objective.weights, 0.0)
     for batch in batches:
         for part, count in objective.counts(batch).items():
-            counts[part] = counts.get(part, 0) + count
+            counts[part] += count
+    counts, ranks = over_ranks(counts, device)
     sums = dict.fromkeys(counts, 0.0)
     for batch in batches:
         with autocast():
             losses = objective.losses(model, batch.to(device))
-        loss = sum(objective.weights[part] * losses[part] / max(1, counts[part]) for part in losses)
-        scaler.scale(loss).backward()
+        loss = sum(objective.weights[part] * losses[part] / (counts[part] or 1) for part in losses)
+        scaler.scale(ranks * loss).backward()
         for part in losses:
             sums[part] = sums[part] + losses[part].detach()
-    means = {part: float(sums[part]) / max(1, counts[part]) for part in sums}
+    sums, _ = over_ranks({part: float(value) for part, value in sums.items()}, device)
+    means = {part: value / (counts[part] or 1) for part, value in sums.items()}
     return {"train_loss": sum(objective.weights[part] * mean for part, mean in means.items()), **means}
+
+
+def over_ranks(numbers: dict[str, float], device: torch.device) -> tuple[dict[str, float], int]:
+    """Each number summed over all processes of torch.distributed, in float64, and how many processes there are."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return numbers, 1
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(values)
+    return dict(zip(numbers, values.tolist())), torch.distributed.get_world_size()
 
 
 def apply_gradients(losses: dict, optimizers, scaler, grad_clip: float, highest_loss: float = math.inf) -> dict:

@@ -14,10 +14,10 @@ import torch
 from compare import assert_close, largest_error
 from twins import random_model
 
-from minigpt.config import Config, DataConfig, ObjectiveConfig, TrainConfig
+from minigpt.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from minigpt.data import in_order
 from minigpt.evaluate import Stopped, evaluate
-from minigpt.objectives import IGNORED, make_objective
+from minigpt.objectives import IGNORED, CausalLM, make_objective
 from minigpt.shards import Split
 from minigpt.tokenizer import FIRST_BYTE, SPECIAL_TOKENS, Tokenizer
 from minigpt.update import add_gradients, apply_gradients
@@ -28,8 +28,11 @@ T = 16
 
 
 def objective(name, seed=1, document_mask=False, **settings):
-    return make_objective(Config(data=DataConfig(document_mask=document_mask), train=TrainConfig(seed=seed),
-                                 objective=ObjectiveConfig(name=name, **settings)), TOKENIZER)
+    """The task of an objective of one part."""
+    task, = make_objective(Config(
+        data=DataConfig(document_mask=document_mask), train=TrainConfig(seed=seed),
+        model=ModelConfig(context_length=T), objective=ObjectiveConfig(name=name, **settings)), TOKENIZER).at(0).tasks
+    return task
 
 
 def text_rows(B, length=T, special=0.0, seed=0):
@@ -206,8 +209,7 @@ def test_bits_per_byte_are_those_of_the_text_scored_token_by_token(texts):
     nats = naive_nats(model, split)
     assert len(nats) == split.num_bytes
     for batch_size in (1, 3):
-        result = evaluate(model, objective("causal"), split, context_length=T, batch_size=batch_size,
-                          autocast=nullcontext)
+        result = evaluate(model, objective("causal"), split, batch_size=batch_size, autocast=nullcontext)
         assert result.keys() == {"val_loss", "val_causal", "val_bpb"} and result["val_causal"] == result["val_loss"]
         assert result["val_bpb"] == pytest.approx(sum(nats.values()) / math.log(2) / split.num_bytes, rel=1e-6)
         assert result["val_loss"] == pytest.approx(sum(nats.values()) / len(nats), rel=1e-6)
@@ -222,7 +224,7 @@ def test_every_byte_is_scored_once(kind, text_file):
     tokens = np.array([START, *tokenizer.encode(text)])
     scored = b""
     for rows in in_order(Split([tokens], np.array([0]), len(text)), T, 1, 3, PAD):
-        targets = make_objective(config, tokenizer).batch(rows, 0, training=False).targets
+        targets = CausalLM(config, tokenizer).batch(rows, 0, training=False).targets
         scored += tokenizer.decode_bytes(targets[targets != IGNORED].tolist())
     assert scored == text.encode()
 
@@ -241,7 +243,8 @@ def test_masked_evaluation_does_not_see_the_padding():
         total += task.losses(model, batch)["masked"].item()
         count += task.counts(batch)["masked"]
     for batch_size in (1, 2, 100):
-        result = evaluate(model, task, split, context_length=T, batch_size=batch_size, autocast=nullcontext)
+        result = evaluate(model, task, split, batch_size=batch_size, autocast=nullcontext)
+        assert 0 <= result.pop("val_masked_accuracy") < 1
         assert result == dict.fromkeys(["val_loss", "val_masked"], pytest.approx(total / count, rel=1e-5))
 
 
@@ -256,6 +259,6 @@ def test_padding_is_hidden_beside_documents():
 def test_an_evaluation_that_is_told_to_stop_leaves_the_model_in_training():
     model, answers = small_model().train(), iter([False, False, True])
     with pytest.raises(Stopped):
-        evaluate(model, objective("causal"), split_of(TEXTS), context_length=T, batch_size=1, autocast=nullcontext,
+        evaluate(model, objective("causal"), split_of(TEXTS), batch_size=1, autocast=nullcontext,
                  should_stop=lambda: next(answers))
     assert model.training

@@ -23,12 +23,20 @@ def weights_of(run):
     return dict(engine.load(run).model.named_parameters())
 
 
+TASKS = {kind.parts: kind for kind in objectives.TASKS}
+
+
+def as_causal(kind):
+    """objectives.TASKS with another task for the part causal."""
+    return tuple((TASKS | {("causal",): kind}).values())
+
+
 class Broken(objectives.CausalLM):
     """Gives a loss, or a gradient, that is not finite, in the steps of `bad`."""
 
     bad, kind, calls = set(), "loss", 0
 
-    def losses(self, model, batch):
+    def losses(self, model, batch, found=None):
         losses = super().losses(model, batch)
         if not torch.is_grad_enabled():
             return losses
@@ -41,7 +49,7 @@ class Broken(objectives.CausalLM):
 
 def break_steps(monkeypatch, kind, bad):
     """From here on the causal objective is broken in the steps of `bad`."""
-    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Broken)
+    monkeypatch.setattr(objectives, "TASKS", as_causal(Broken))
     for name, value in (("kind", kind), ("calls", 0), ("bad", bad)):
         monkeypatch.setattr(Broken, name, value)
 
@@ -194,7 +202,7 @@ class Small(objectives.CausalLM):
 
     room, sizes = 2, []
 
-    def losses(self, model, batch):
+    def losses(self, model, batch, found=None):
         losses = super().losses(model, batch)
         self.sizes.append(len(batch.inputs))
         if len(batch.inputs) > self.room:
@@ -209,7 +217,7 @@ def test_too_little_memory_halves_the_micro_batch_to_the_same_result(tmp_path, t
     options = ["--train.batch_size=7", f"--train.accumulation_steps={accumulation}", "--train.dtype=float32"]
     run_lines(tiny_config(tmp_path, text_file, *options))
     wanted = weights_of(tmp_path / "run")
-    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Small)
+    monkeypatch.setattr(objectives, "TASKS", as_causal(Small))
     monkeypatch.setattr(Small, "room", room)
     monkeypatch.setattr(Small, "sizes", [])
     (tmp_path / "small").mkdir()
@@ -226,7 +234,7 @@ def test_too_little_memory_halves_the_micro_batch_to_the_same_result(tmp_path, t
 
 def test_a_halved_micro_batch_is_kept_by_a_resumed_run(tmp_path, text_file, monkeypatch):
     """It went back to whole ones, and so to other last bits."""
-    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Small)
+    monkeypatch.setattr(objectives, "TASKS", as_causal(Small))
     monkeypatch.setattr(Small, "sizes", [])
     run_lines(tiny_config(tmp_path, text_file))
     monkeypatch.setattr(Small, "room", 100)
@@ -236,7 +244,7 @@ def test_a_halved_micro_batch_is_kept_by_a_resumed_run(tmp_path, text_file, monk
 
 
 def test_memory_too_small_for_one_row_is_an_error(tmp_path, text_file, monkeypatch):
-    monkeypatch.setitem(objectives.OBJECTIVES, "causal", Small)
+    monkeypatch.setattr(objectives, "TASKS", as_causal(Small))
     monkeypatch.setattr(Small, "room", 0)
     with pytest.raises(torch.OutOfMemoryError):
         run_lines(tiny_config(tmp_path, text_file))

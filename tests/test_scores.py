@@ -75,7 +75,7 @@ def test_bits_per_byte_are_those_of_training(tmp_path):
     (tmp_path / "a.txt").write_text(text, "utf-8")
     ids = np.array([BYTES.roles.document_start, *BYTES.encode(text)])
     split = Split([ids], np.array([0]), len(text.encode()))
-    found = evaluate(run.model, make_objective(run.config, BYTES), split, context_length=16, batch_size=4,
+    found = evaluate(run.model, make_objective(run.config, BYTES).evaluated, split, batch_size=4,
                      autocast=torch.no_grad)
     [row] = scores.score_texts(run, [str(tmp_path / "a.txt")], stride=16)
     assert row["bits_per_byte"] == pytest.approx(found["val_bpb"], rel=1e-6)
@@ -294,7 +294,7 @@ def test_the_command(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "nothing to measure; give --text, --choices, --generation or --tasks"),
+    ([], "nothing to measure; give --text, --choices, --generation, --labelled or --tasks"),
     (["--text", "nowhere"], "--text = 'nowhere': no such file or folder"),
     (["--text", "text.txt", "--stride", "33"], "a stride of 33 is not between 1 and the context of 32"),
     (["--text", "text.txt", "--stride", "-1"], "--stride -1 is too small; the least is 0"),

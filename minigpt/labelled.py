@@ -1,0 +1,204 @@
+"""Tables of texts with labels: CSV and TSV with a header, and JSON Lines; as a data set in memory, and as rows.
+
+    rows = read_table("reviews.csv", ["text"], "label")
+    dataset, classes = prepare(config.data, config.tokenizer, tokenizer)
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minigpt.config import DataConfig, TokenizerConfig
+from minigpt.data import Dataset, new_tokenizer
+from minigpt.files import expanded, named
+from minigpt.shards import Split
+from minigpt.tokenizer import Tokenizer
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+MOST_CLASSES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Row:
+    texts: tuple[str, ...]
+    """One, or two of a pair."""
+    label: str | None
+    """None where no column of labels was asked for."""
+    place: str
+    """File and line."""
+
+
+@dataclass(frozen=True)
+class LabelledSplit(Split):
+    """Texts with labels; as a Split each text, or pair, is a document."""
+
+    texts: tuple[tuple[list[int], list[int] | None], ...] = ()
+    """(ids, ids of the second of a pair, or None)"""
+    labels: np.ndarray | None = None
+    """(number of texts,) classes by number."""
+    classes: tuple[str, ...] = ()
+
+
+def read_table(path: str | Path, text_columns: list[str], label_column: str | None) -> list[Row]:
+    """The rows of a table. Raises ValueError naming file and line of a missing column, an empty text or a bad line."""
+    path = expanded(str(path), "the table")
+    columns, rows = [*text_columns, *([label_column] if label_column else [])], []
+    for line, values in _records(path):
+        place = f"{path}:{line}"
+        for column in columns:
+            if column not in values:
+                raise ValueError(f"{place}: no column {column!r}; there are {', '.join(map(str, values))} (data."
+                                 "text_columns and data.label_column name those to read)")
+        texts = [values[column] for column in text_columns]
+        for column, text in zip(text_columns, texts):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{place}: {column} is empty, or no text; mend the row or leave it out")
+        label = values[label_column] if label_column else None
+        if label_column:
+            if not isinstance(label, str | int) or not str(label).strip():
+                raise ValueError(f"{place}: {label_column} is empty, or no label (a text, a whole number or a truth "
+                                 "value); mend the row or leave it out")
+            label = str(label).strip()
+        rows.append(Row(tuple(texts), label, place))
+    if not rows:
+        raise ValueError(f"{path}: holds no row; give some")
+    return rows
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a file of UTF-8 text that are not blank."""
+    lines = [line for line in _text(expanded(str(path), "the file")).split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: holds no text; give a line for each")
+    return lines
+
+
+def _text(path):
+    with named(path):
+        content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8 text") from None
+
+
+def _records(path) -> Iterator[tuple[int, dict]]:
+    """(line, {column: value}) of each row of a file."""
+    if path.suffix not in (*DELIMITERS, ".jsonl"):
+        raise ValueError(f"{path}: a table is a file that ends in .csv, .tsv or .jsonl; name one")
+    text = _text(path)
+    if path.suffix == ".jsonl":
+        yield from _objects(path, text)
+        return
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix], strict=True)
+    header, line = None, 1
+    try:
+        for cells in reader:
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise ValueError(f"{path}:1: a column stands twice in the header")
+            elif cells:
+                if len(cells) != len(header):
+                    raise ValueError(f"{path}:{line}: has {len(cells)} cells, the header {len(header)}; mend the row "
+                                     "(a text with the delimiter in it stands between double quotes)")
+                yield line, dict(zip(header, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{line}: not a row of a table ({error})") from None
+
+
+def _objects(path, text):
+    for line, words in enumerate(text.split("\n"), 1):
+        if not words.strip():
+            continue
+        try:
+            values = json.loads(words)
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}:{line}: no JSON object; write one a line")
+        yield line, values
+
+
+def prepare(data: DataConfig, settings: TokenizerConfig, classes: list[str],
+            tokenizer: Tokenizer | None = None) -> Dataset:
+    """The texts of the table `data.path`, some of them held out, as LabelledSplits.
+
+    `classes` are their names in order; where none are given, those of the labels to train on, sorted. A tokenizer is
+    learnt from the texts where none is given. Raises ValueError naming the place of what cannot be learnt from.
+    """
+    rows = read_table(data.path, data.text_columns, data.label_column)
+    if data.val_path:
+        held_out = read_table(data.val_path, data.text_columns, data.label_column)
+    else:
+        count = max(1, round(data.val_fraction * len(rows)))
+        if count == len(rows):
+            raise ValueError(f"{data.path}: has one row, and some must be held out; give more")
+        chosen = set(np.random.default_rng(0).permutation(len(rows))[:count].tolist())
+        rows, held_out = ([row for number, row in enumerate(rows) if (number in chosen) == wanted]
+                          for wanted in (False, True))
+    classes = classes or sorted({row.label for row in rows}, key=_by_number)
+    if not 2 <= len(classes) <= MOST_CLASSES:
+        raise ValueError(f"{data.path}: {data.label_column} has {len(classes)} labels ({', '.join(classes[:3])}) in "
+                         f"the rows to train on; a classifier tells 2 to {MOST_CLASSES} apart")
+    if tokenizer is None:
+        tokenizer = new_tokenizer(settings, data.path, lambda: (text for row in rows for text in row.texts))
+    splits = [split_of(part, classes, tokenizer, f"{data.path} ({name} split)")
+              for part, name in ((rows, "train"), (held_out, "val"))]
+    content = [[[row.texts, row.label] for row in part] for part in (rows, held_out)]
+    digest = hashlib.sha256(json.dumps([content, classes, tokenizer.fingerprint]).encode()).hexdigest()
+    return Dataset(digest[:32], data.path, tokenizer, *splits)
+
+
+def _by_number(label):
+    """Whole numbers in their order, before other labels in theirs."""
+    return (0, int(label), "") if label.isdecimal() and len(label) < 19 else (1, 0, label)
+
+
+def split_of(rows: list[Row], classes: list[str], tokenizer: Tokenizer, name: str) -> LabelledSplit:
+    """Rows as a split. Raises ValueError naming the place of a label that is none of the classes."""
+    numbers = {label: number for number, label in enumerate(classes)}
+    for row in rows:
+        if row.label not in numbers:
+            raise ValueError(f"{row.place}: the label {row.label!r} is unknown; those trained on are "
+                             f"{', '.join(classes[:20])}")
+    encoded = iter(tokenizer.encode_batch([text for row in rows for text in row.texts]))
+    texts = tuple((next(encoded), next(encoded) if len(row.texts) == 2 else None) for row in rows)
+    tokens = [[tokenizer.roles.document_start, *first, *(second or ())] for first, second in texts]
+    return LabelledSplit(
+        shards=[np.concatenate(tokens)], documents=np.cumsum([0, *map(len, tokens)])[:-1],
+        num_bytes=sum(len(text.encode()) for row in rows for text in row.texts), name=name,
+        names=tuple(row.place for row in rows), first_bytes=(0,) * len(rows),
+        token_sizes=np.array([len(token) for token in tokenizer.token_bytes]), texts=texts,
+        labels=np.array([numbers[row.label] for row in rows]), classes=tuple(classes))
+
+
+def fitted(text: tuple[list[int], list[int] | None], T: int, long_texts: str) -> list[tuple]:
+    """A text, or pair, as texts or pairs that fit rows of T tokens.
+
+    "truncate" gives one, of a pair with what is longer cut first; "window" all pieces of a single text.
+    """
+    first, second = text
+    if second is None:
+        room = T - 2
+        pieces = range(0, len(first), room) if long_texts == "window" else [0]
+        return [(first[start:start + room], None) for start in pieces]
+    room = T - 3
+    kept = min(len(first), max(room - len(second), math.ceil(room / 2)))
+    return [(first[:kept], second[:room - kept])]
+
+
+def is_long(text: tuple[list[int], list[int] | None], T: int) -> bool:
+    """Whether a text, or pair, does not fit a row of T tokens."""
+    first, second = text
+    return len(first) > T - 2 if second is None else len(first) + len(second) > T - 3
