@@ -158,10 +158,14 @@ class Masking:
         self.is_text = ~tokenizer.is_special
         self.text_ids = np.flatnonzero(self.is_text)
 
-    def __call__(self, rows: np.ndarray, first: int, training: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(inputs, targets), each (B, T), of rows (B, T) that are numbered from `first`."""
+    def __call__(self, rows: np.ndarray, first: int, training: bool, lengths: np.ndarray | None = None):
+        """(inputs, targets), each (B, T), of rows (B, T) that are numbered from `first`.
+
+        `lengths` (B,) leave the padding out, on which the choice then does not depend.
+        """
         inputs, targets = rows.copy(), np.full_like(rows, IGNORED)
         for number, row in enumerate(rows):
+            row = row if lengths is None else row[:lengths[number]]
             random = np.random.default_rng([self.seed, first + number, int(training)])
             unit = self.units(row, random)
             chosen = (random.random(len(row)) < self.config.mask_probability)[unit] & self.is_text[row]
@@ -169,10 +173,10 @@ class Masking:
             if self.config.mask_unit == "span":
                 fate = fate[unit]
             other = self.text_ids[random.integers(len(self.text_ids), size=len(row))]
-            targets[number, chosen] = row[chosen]
             masked, replaced = chosen & (fate < 0.8), chosen & (fate >= 0.8) & (fate < 0.9)
-            inputs[number, masked] = self.tokenizer.roles.mask
-            inputs[number, replaced] = other[replaced]
+            targets[number, :len(row)][chosen] = row[chosen]
+            inputs[number, :len(row)][masked] = self.tokenizer.roles.mask
+            inputs[number, :len(row)][replaced] = other[replaced]
         return inputs, targets
 
     def units(self, row: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -293,7 +297,7 @@ class NextSentence(Task):
         """Pairs (tokens, tokens, whether the second is a random one), numbered from `first`."""
         rows = text_rows([pair[:2] for pair in pairs], self.T, self.tokenizer)
         if self.masking:
-            rows["inputs"], rows["targets"] = self.masking(rows["inputs"], first, training)
+            rows["inputs"], rows["targets"] = self.masking(rows["inputs"], first, training, rows["lengths"])
         rows["labels"] = np.array([is_random for *_, is_random in pairs], np.int64)
         return Batch(**{name: _tensor(array) for name, array in rows.items()}, task=self)
 
