@@ -35,13 +35,27 @@ def _rows(run, texts, batch_size, long_texts) -> Iterator[tuple[torch.Tensor, Ba
 
 def _encoded(run, texts):
     """Texts, each one or a pair, as (ids, ids or None). Raises ValueError for an empty one."""
+    T = run.model.config.context_length
     if run.tokenizer is None:
         raise ValueError(f"{run.path}: has no tokenizer; import it again with --tokenizer DIR")
+    if T < 3:
+        raise ValueError(f"{run.path}: a context of {T} tokens is too small for a text and the tokens around it")
     for number, text in enumerate(texts, 1):
         if not all(part.strip() for part in text):
             raise ValueError(f"text {number} is empty; give some words")
     ids = iter(run.tokenizer.encode_batch([part for text in texts for part in text]))
-    return [(next(ids), next(ids) if len(text) == 2 else None) for text in texts]
+    encoded = [(next(ids), next(ids) if len(text) == 2 else None) for text in texts]
+    for number, parts in enumerate(encoded, 1):
+        if [] in parts:
+            raise ValueError(f"text {number}: the tokenizer has no token for it; give some words")
+    return encoded
+
+
+def _finite(run, values):
+    """What a model gave. Raises ValueError where it is not finite."""
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{run.path}: the model's output is not finite, so its weights are damaged")
+    return values
 
 
 def classify(run, texts: list[tuple[str, ...]], batch_size: int = 32) -> np.ndarray:
@@ -60,10 +74,10 @@ def classify(run, texts: list[tuple[str, ...]], batch_size: int = 32) -> np.ndar
 
 @torch.no_grad()
 def _probabilities(run, encoded, batch_size):
-    numbers, found = [], []
+    numbers, found = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, run.model.config.num_classes)]
     for of_rows, batch in _rows(run, encoded, batch_size, run.config.data.long_texts):
         numbers.append(of_rows)
-        found.append(class_logits(run.model, batch).softmax(-1).cpu())
+        found.append(_finite(run, class_logits(run.model, batch)).softmax(-1).cpu())
     return by_text(torch.cat(numbers), torch.cat(found)).numpy()
 
 
@@ -116,7 +130,7 @@ def embed(run, texts: list[str], pooling: str = "mean", batch_size: int = 32) ->
         kept = {"mean": (places > 0) & (places < last), "first": (places == 0).expand(len(hidden), -1),
                 "last": places == last}[pooling]                                                        # (B, T)
         sums.index_add_(0, numbers, (hidden.double() * kept[..., None]).sum(1).cpu())
-    return F.normalize(sums).float().numpy()
+    return F.normalize(_finite(run, sums)).float().numpy()
 
 
 @torch.no_grad()
@@ -150,10 +164,8 @@ def fill(run, text: str, candidates: int = 5) -> list[list[tuple[str, float]]]:
                          "give a shorter one")
     tokens = torch.tensor([ids], device=model.device)
     logits = model.head(model.hidden(tokens, causal=False)[0][tokens[0] == roles.mask]).float()
-    never = torch.from_numpy(np.flatnonzero(tokenizer.is_special)).to(logits.device)
-    probabilities = logits[:, :tokenizer.vocab_size].index_fill(1, never, -torch.inf).softmax(-1)
-    if not torch.isfinite(probabilities).all():
-        raise ValueError(f"{run.path}: the model's output is not finite, so its weights are damaged")
-    best = probabilities.topk(min(candidates, probabilities.shape[1]))
-    return [[(tokenizer.token_bytes[token].decode("utf-8", "replace"), probability)
-             for token, probability in zip(*row)] for row in zip(best.indices.tolist(), best.values.tolist())]
+    text_ids = np.flatnonzero(~tokenizer.is_special)
+    probabilities = _finite(run, logits[:, torch.from_numpy(text_ids).to(logits.device)].softmax(-1))
+    best = probabilities.topk(min(candidates, len(text_ids)))
+    return [[(tokenizer.token_bytes[text_ids[place]].decode("utf-8", "replace"), probability)
+             for place, probability in zip(*row)] for row in zip(best.indices.tolist(), best.values.tolist())]

@@ -14,7 +14,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from minigpt.config import SamplingParams, field_docs, help_text, load_config
+from minigpt.config import SamplingParams, default_run_dir, field_docs, help_text, load_config
 
 MOST_SAMPLES = 10_000
 """More would not fit in memory at once; run the command again with other seeds."""
@@ -59,9 +59,7 @@ def train(argv: list[str] | None = None) -> None:
 def _train(arguments, overrides, go_on):
     config = load_config(arguments.config, overrides)
     if not config.train.run_dir:
-        run_dir = f"runs/{Path(arguments.config).stem}"
-        if Path(arguments.config).name == "config.json":
-            run_dir = str(Path(arguments.config).parent)
+        run_dir = default_run_dir(Path(arguments.config))
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=run_dir))
     from minigpt import training
 

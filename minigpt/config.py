@@ -15,6 +15,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -469,13 +470,24 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
         if "preset" in model:
             raise ValueError(f"{places['model', 'preset']}model.preset does not go with train.start_from, which has a "
                              "model already; leave out one of them")
-        tree["model"] = _model_of(start, places["train", "start_from"]) | model
+        run = Path(tree["train"].get("run_dir") or default_run_dir(path)).expanduser()
+        tree["model"] = _model_of(start, run / "config.json", places["train", "start_from"]) | model
     return make_config(tree, places)
 
 
-def _model_of(start, place):
-    """The [model] of a run or checkpoint."""
-    from minigpt import checkpoint  # which loads torch
+def default_run_dir(path: Path) -> str:
+    """Where the run of a config file is kept."""
+    return str(path.parent) if path.name == "config.json" else f"runs/{path.stem}"
+
+
+def _model_of(start, begun, place):
+    """The [model] that a run starts with: of the run or checkpoint `start`, or its own, where it has `begun` already.
+    """
+    with suppress(OSError, ValueError, LookupError, TypeError):         # what it started from may be gone by now
+        own = json.loads(begun.read_text("utf-8"))
+        if own["train"]["start_from"] == start:
+            return dict(own["model"])
+    from minigpt import checkpoint
 
     try:
         found = checkpoint.find(start)

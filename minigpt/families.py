@@ -156,7 +156,6 @@ def _bert_settings(given):
 
 def _bert_config(model):
     return {
-        **({"architectures": [PRETRAINED_BERT]} if model.next_sentence else {}),
         "vocab_size": model.vocab_size, "max_position_embeddings": model.context_length,
         "num_hidden_layers": model.depth, "hidden_size": model.width, "num_attention_heads": model.num_heads,
         "intermediate_size": _mlp_width(model), "hidden_act": "gelu_new" if model.mlp == "gelu" else "gelu",
@@ -334,6 +333,13 @@ NANOGPT = Family("GPT of nanoGPT", _nanogpt_settings, None, partial(_gpt2_pairs,
                  derived=(".attn.bias",), copies=(("lm_head.weight", "transformer.wte.weight"),))
 
 
+def config_of(kind: str, model: ModelConfig) -> dict:
+    """What the config.json of a family says of a model."""
+    family = FAMILIES[kind]
+    return {"architectures": [family.architecture_of(model)], "model_type": kind, "torch_dtype": "float32",
+            **family.config(model)}
+
+
 def family_for(model: ModelConfig, objective: str) -> tuple[str, Family]:
     """(model_type, family) whose config.json can tell of a model, found by writing it and reading it back.
 
@@ -342,7 +348,7 @@ def family_for(model: ModelConfig, objective: str) -> tuple[str, Family]:
     wanted, nearest, learnt = _spelled_out(model), None, ObjectiveConfig(name=objective).phases[-1][1]
     for kind, family in FAMILIES.items():
         try:
-            read = _spelled_out(ModelConfig(**family.settings({"model_type": kind} | family.config(model))))
+            read = _spelled_out(ModelConfig(**family.settings(config_of(kind, model))))
         except ValueError:                              # what this family makes of it is no model
             continue
         differ = [f"model.{key} = {wanted[key]!r}" for key in wanted

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from minigpt import checkpoint, hf_tokenizer
 from minigpt.checkpoint import model_tensors
 from minigpt.config import Config, ModelConfig, ObjectiveConfig
-from minigpt.families import FAMILIES, NANOGPT, Family, Pair, family_for
+from minigpt.families import FAMILIES, NANOGPT, Family, Pair, config_of, family_for
 from minigpt.files import named, read_json, sync_directory, sync_file
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
@@ -348,8 +348,7 @@ def model_card(found: checkpoint.Checkpoint, family: Family, name: str) -> str:
         lines += [f"| trained for | {loop['step']} steps, {tokens:,} tokens |"]
         lines += [f"| {key.replace('_', ' ')} on held-out text | {loop['evaluated'][key]:.4f} |"
                   for key in ("val_loss", "val_bpb") if key in loop.get("evaluated", {})]
-    kind = "CausalLM" if causal else "PreTraining" if model.next_sentence else "MaskedLM"
-    kind = f"AutoModelFor{kind}"
+    kind = "AutoModelFor" + ("CausalLM" if causal else "PreTraining" if model.next_sentence else "MaskedLM")
     lines += ["", "```python", f"from transformers import {kind}, AutoTokenizer", "",
               f'model = {kind}.from_pretrained("{name}")']
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")'] * (found.tokenizer is not None)
@@ -397,9 +396,7 @@ def write_model(directory: Path, model: ModelConfig, objective: str, ours, token
     """
     kind, family = family_for(model, objective)
     ids = hf_tokenizer.ids_of(tokenizer)
-    config = {"architectures": [family.architecture], "model_type": kind, "torch_dtype": "float32",
-              **family.config(model), **ids}
-    for name, content in (("config.json", config), ("generation_config.json", ids)):
+    for name, content in (("config.json", config_of(kind, model) | ids), ("generation_config.json", ids)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     shapes, pairs = shapes_of(model), list(family.pairs(model))
     theirs = {name: shape for pair in pairs for name, shape in zip(

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from minigpt.tokenizer import Tokenizer
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MOST_CLASSES = 1 << 16
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can write and UTF-8 cannot."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,29 @@ def read_table(path: str | Path, text_columns: list[str], label_column: str | No
                                  "text_columns and data.label_column name those to read)")
         texts = [values[column] for column in text_columns]
         for column, text in zip(text_columns, texts):
-            if not isinstance(text, str) or not text.strip():
+            if not _is_text(text):
                 raise ValueError(f"{place}: {column} is empty, or no text; mend the row or leave it out")
         label = values[label_column] if label_column else None
         if label_column:
-            if not isinstance(label, str | int) or not str(label).strip():
+            label = json.dumps(label) if isinstance(label, int) else label      # true, not Python's True
+            if not _is_text(label):
                 raise ValueError(f"{place}: {label_column} is empty, or no label (a text, a whole number or a truth "
                                  "value); mend the row or leave it out")
-            label = str(label).strip()
+            label = label.strip()
         rows.append(Row(tuple(texts), label, place))
     if not rows:
         raise ValueError(f"{path}: holds no row; give some")
     return rows
 
 
+def _is_text(value):
+    return isinstance(value, str) and value.strip() and not SURROGATE.search(value)
+
+
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a file of UTF-8 text that are not blank."""
-    lines = [line for line in _text(expanded(str(path), "the file")).split("\n") if line.strip()]
+    text = _text(expanded(str(path), "the file")).replace("\r\n", "\n")
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path}: holds no text; give a line for each")
     return lines
@@ -86,7 +95,7 @@ def _text(path):
     with named(path):
         content = path.read_bytes()
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8 text") from None
 
@@ -99,14 +108,15 @@ def _records(path) -> Iterator[tuple[int, dict]]:
     if path.suffix == ".jsonl":
         yield from _objects(path, text)
         return
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))        # a cell may be as long as the file
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix], strict=True)
     header, line = None, 1
     try:
         for cells in reader:
-            if header is None:
+            if cells and header is None:
                 header = cells
                 if len(set(header)) < len(header):
-                    raise ValueError(f"{path}:1: a column stands twice in the header")
+                    raise ValueError(f"{path}:{line}: a column stands twice in the header")
             elif cells:
                 if len(cells) != len(header):
                     raise ValueError(f"{path}:{line}: has {len(cells)} cells, the header {len(header)}; mend the row "
@@ -141,8 +151,8 @@ def prepare(data: DataConfig, settings: TokenizerConfig, classes: list[str],
     if data.val_path:
         held_out = read_table(data.val_path, data.text_columns, data.label_column)
     else:
-        count = max(1, round(data.val_fraction * len(rows)))
-        if count == len(rows):
+        count = min(max(1, round(data.val_fraction * len(rows))), len(rows) - 1)
+        if not count:
             raise ValueError(f"{data.path}: has one row, and some must be held out; give more")
         chosen = set(np.random.default_rng(0).permutation(len(rows))[:count].tolist())
         rows, held_out = ([row for number, row in enumerate(rows) if (number in chosen) == wanted]
@@ -151,6 +161,8 @@ def prepare(data: DataConfig, settings: TokenizerConfig, classes: list[str],
     if not 2 <= len(classes) <= MOST_CLASSES:
         raise ValueError(f"{data.path}: {data.label_column} has {len(classes)} labels ({', '.join(classes[:3])}) in "
                          f"the rows to train on; a classifier tells 2 to {MOST_CLASSES} apart")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"objective.classes = {classes} names one twice; keep one of them")
     if tokenizer is None:
         tokenizer = new_tokenizer(settings, data.path, lambda: (text for row in rows for text in row.texts))
     splits = [split_of(part, classes, tokenizer, f"{data.path} ({name} split)")
@@ -162,11 +174,12 @@ def prepare(data: DataConfig, settings: TokenizerConfig, classes: list[str],
 
 def _by_number(label):
     """Whole numbers in their order, before other labels in theirs."""
-    return (0, int(label), "") if label.isdecimal() and len(label) < 19 else (1, 0, label)
+    is_number = label.removeprefix("-").isdecimal() and len(label) < 19
+    return (0, int(label), label) if is_number else (1, 0, label)
 
 
 def split_of(rows: list[Row], classes: list[str], tokenizer: Tokenizer, name: str) -> LabelledSplit:
-    """Rows as a split. Raises ValueError naming the place of a label that is none of the classes."""
+    """Rows as a split. Raises ValueError naming the place of a label that is none of the classes, or of no token."""
     numbers = {label: number for number, label in enumerate(classes)}
     for row in rows:
         if row.label not in numbers:
@@ -174,6 +187,9 @@ def split_of(rows: list[Row], classes: list[str], tokenizer: Tokenizer, name: st
                              f"{', '.join(classes[:20])}")
     encoded = iter(tokenizer.encode_batch([text for row in rows for text in row.texts]))
     texts = tuple((next(encoded), next(encoded) if len(row.texts) == 2 else None) for row in rows)
+    for row, parts in zip(rows, texts):
+        if [] in parts:
+            raise ValueError(f"{row.place}: the tokenizer has no token for a text; mend the row or leave it out")
     tokens = [[tokenizer.roles.document_start, *first, *(second or ())] for first, second in texts]
     return LabelledSplit(
         shards=[np.concatenate(tokens)], documents=np.cumsum([0, *map(len, tokens)])[:-1],

@@ -428,10 +428,10 @@ TASKS = (MaskedNextSentence, CausalLM, MaskedLM, NextSentence, Classification)
 
 
 class Mixture:
-    """Tasks whose weighted losses are added. Each draws rows of its own, so a step of n rows has n of each."""
+    """Tasks whose weighted losses are added, from step `first` on. Each draws rows of its own: n rows are n of each."""
 
-    def __init__(self, tasks: list[Task]):
-        self.tasks = tasks
+    def __init__(self, tasks: list[Task], first: int = 0):
+        self.tasks, self.first = tasks, first
         self.weights = {part: weight for task in tasks for part, weight in task.weights.items()}
         self.measured = [name for task in tasks for name in task.measured]
 
@@ -482,19 +482,19 @@ class Objective:
             for kind in TASKS:
                 if left.keys() >= set(kind.parts):
                     tasks.append(task_of(kind, {part: left.pop(part) for part in kind.parts}))
-            self.phases.append((first, Mixture(tasks)))
+            self.phases.append(Mixture(tasks, first))
         seen = set()
-        for task in [task for _, mixture in reversed(self.phases) for task in mixture.tasks]:
+        for task in [task for mixture in reversed(self.phases) for task in mixture.tasks]:
             if not seen & set(task.parts):
                 evaluated.append(task)
                 seen |= set(task.parts)
         self.evaluated = Mixture(evaluated)
-        last = self.phases[-1][1].weights
+        last = self.phases[-1].weights
         self.evaluated.weights = {part: last.get(part, 0.0) for part in self.evaluated.weights}
 
     def at(self, step: int) -> Mixture:
         """What is trained at a step, counted from 0."""
-        return next(mixture for first, mixture in reversed(self.phases) if first <= step)
+        return next(mixture for mixture in reversed(self.phases) if mixture.first <= step)
 
 
 class CompiledHidden:

@@ -80,6 +80,8 @@ def measured_on(run, paths: list[str]) -> list[Document]:
     try:
         if "imported" in checkpoint.find(run.path).state:
             raise ValueError("it was imported")
+        if "classification" in run.config.objective.parts:
+            raise ValueError("it was trained on a table")
         held_out = open_corpus(data.path, include=data.include, val_path=data.val_path, val_fraction=data.val_fraction)
     except (OSError, ValueError) as error:
         raise ValueError(f"{run.path}: there is no text to measure it on ({error}); give some by --text") from None

@@ -38,7 +38,7 @@ from minigpt.tokenizer import Tokenizer
 from minigpt.update import Spike, Unsound, add_gradients, apply_gradients
 
 SETTLED_STEPS = 20
-"""From this step on the average loss is known well enough to tell a spike from it."""
+"""After so many steps of an objective the average loss is known well enough to tell a spike from it."""
 
 
 
@@ -218,12 +218,13 @@ class Trainer:
             self.avoided += self.sources(state.rows)
             state.rows += self.rows_per_step
         self.batch = (state.step + 1, state.rows)
-        if any(state.step == first for first, _ in self.objective.phases):
-            state.average_loss = None                       # of another mixture
+        first = self.objective.at(state.step).first
+        if state.step == first:                         # the losses before were of another mixture
+            state.average_loss = None
         rate = schedule(state.step, config.train.max_steps, config.optim)
         set_learning_rate(self.optimizers, rate)
         highest = math.inf
-        if config.train.spike_bound and state.step >= SETTLED_STEPS and state.average_loss is not None:
+        if config.train.spike_bound and state.step - first >= SETTLED_STEPS and state.average_loss is not None:
             highest = state.average_loss + config.train.spike_bound
         record = self.within_memory(self.add_gradients)
         record |= apply_gradients(record, self.optimizers, self.scaler, config.optim.grad_clip, highest)

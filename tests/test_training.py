@@ -16,6 +16,7 @@ from marks import slow
 from tiny import make_text, tiny_config
 
 from minigpt import checkpoint, engine, training
+from minigpt.config import load_config
 from minigpt.optim import schedule
 
 
@@ -363,3 +364,115 @@ def test_a_float32_run_goes_on_in_float16(tmp_path, text_file):
     config = tiny_config(tmp_path, text_file, "--train.dtype=float16", "--train.max_steps=14")
     run_lines(config, resume=True)
     assert metrics_of(config)[-1]["step"] == 14
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Thirty documents, of which three are held out."""
+    path = tmp_path_factory.mktemp("documents")
+    for number in range(30):
+        (path / f"{number}.txt").write_text(make_text(25, seed=number), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("objective", [
+    ["--objective.name=masked+next_sentence,causal:0.5+next_sentence@6", "--objective.mask_unit=span"],
+    ["--objective.name=next_sentence,masked@3", "--objective.mask_unit=word", "--train.best_by=val_masked_accuracy"]])
+def test_every_objective_goes_on_as_if_never_stopped(tmp_path, folder, objective):
+    """From checkpoints before, at and behind a change of the objective, to the last byte."""
+    config = tiny_config(tmp_path, folder, "--train.checkpoint_every=1", "--train.keep_last=20",
+                         "--model.dropout=0.1", "--train.accumulation_steps=2", "--train.eval_every=4", *objective)
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    closing, _ = run_lines(config)
+    wanted = (run / "checkpoints/step-00000012/model.safetensors").read_bytes()
+    logged = [{key: value for key, value in record.items() if "second" not in key} for record in metrics_of(config)]
+    run.rename(kept)
+    for step in (2, 5, 6, 9):
+        shutil.copytree(kept, run)
+        for path in checkpoint.in_run(run):
+            if checkpoint.step_of(path) > step:
+                checkpoint.delete(path)
+        assert run_lines(config, resume=True)[0] == closing
+        assert (run / "checkpoints/step-00000012/model.safetensors").read_bytes() == wanted
+        assert [{key: value for key, value in record.items() if "second" not in key}
+                for record in metrics_of(config)] == logged
+        shutil.rmtree(run)
+    parts = [{"masked", "causal", "next_sentence"} & record.keys() for record in logged]
+    assert len(set(map(frozenset, parts))) == 2, "each part is logged by its name while it is trained"
+
+
+def test_a_change_of_the_objective_is_no_spike(tmp_path, text_file):
+    config = tiny_config(tmp_path, text_file, "--objective.name=causal,causal:30@25", "--train.spike_bound=2",
+                         "--train.max_steps=60")
+    run_lines(config)
+    records = metrics_of(config)
+    assert records[-1]["rollbacks"] == 0 and records[30]["train_loss"] > 10 * records[20]["train_loss"]
+
+
+START = ["--optim.learning_rate=0", "--optim.muon_learning_rate=0", "--optim.weight_decay=0", "--train.max_steps=2"]
+
+
+def test_a_run_starts_from_another(tmp_path, folder):
+    """With all of its weights, tokenizer and settings of the model; heads that it lacks are new. It goes on when what
+    it started from is gone."""
+    first = tiny_config(tmp_path, folder, "--model.mlp=swiglu", "--tokenizer.vocab_size=310", "--train.seed=7")
+    run_lines(first)
+    (tmp_path / "run").rename(tmp_path / "first")
+    (tmp_path / "next.toml").touch()
+    words = [str(tmp_path / "next.toml"), *START, f"--data.path={folder}", f"--train.run_dir={tmp_path / 'run'}",
+             "--objective.name=next_sentence", f"--train.start_from={tmp_path / 'first'}", "--train.batch_size=4"]
+    config = load_config(words[0], words[1:])
+    assert (config.model.mlp, config.model.width, config.model.pooling) == ("swiglu", 32, "last")
+    _, lines = run_lines(config)
+    assert any(line.startswith("starting from ") and "new are token_types.weight, pooler.dense.weight" in line
+               for line in lines)
+    before, after = engine.load(tmp_path / "first"), engine.load(tmp_path / "run")
+    assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
+    weights = dict(after.model.named_parameters())
+    for name, weight in before.model.named_parameters():
+        assert torch.equal(weight, weights.pop(name)), name
+    assert {name.partition(".")[0] for name in weights} == {"token_types", "pooler", "next_sentence"}
+    shutil.rmtree(tmp_path / "first")
+    config = load_config(words[0], [*words[1:], "--train.max_steps=4"])
+    _, lines = run_lines(config, resume=True)
+    assert any("going on from" in line for line in lines) and metrics_of(config)[-1]["step"] == 4
+
+
+def test_what_a_run_cannot_start_from(tmp_path, folder):
+    run_lines(tiny_config(tmp_path, folder))
+    (tmp_path / "run").rename(tmp_path / "first")
+    (tmp_path / "next.toml").touch()
+    start = f"--train.start_from={tmp_path / 'first'}"
+
+    def error_of(*more):
+        with pytest.raises(ValueError) as raised:
+            run_lines(load_config(tmp_path / "next.toml", [
+                f"--data.path={folder}", f"--train.run_dir={tmp_path / 'new'}", *more]))
+        return str(raised.value)
+
+    assert error_of("--train.start_from=nowhere") == (
+        "command line: train.start_from: no run or checkpoint nowhere; name a directory that train.py made")
+    assert "model.preset does not go with train.start_from" in error_of(start, "--model.preset=tiny")
+    assert "tokenizer.path does not go with train.start_from" in error_of(start, "--tokenizer.path=t")
+    assert "leave out of [model] what train.start_from decides" in error_of(start, "--model.width=48")
+    assert "is not part of the model" in error_of(start, "--model.depth=1")
+    assert error_of(start, "--train.best_by=val_f1") == (
+        "train.best_by = 'val_f1' is nothing that an evaluation gives here: val_loss, val_causal, val_bpb")
+
+
+def test_the_best_can_be_the_highest(tmp_path, folder):
+    """keep_best and early stopping go by the accuracy, though the loss says otherwise."""
+    config = tiny_config(tmp_path, folder, "--objective.name=masked", "--train.best_by=val_masked_accuracy",
+                         "--train.max_steps=40", "--train.eval_every=2", "--train.checkpoint_every=100",
+                         "--train.keep_last=1", "--optim.learning_rate=0.02")
+    run_lines(config)
+    found = {record["step"]: record for record in metrics_of(config) if "val_loss" in record}
+    best = max(found, key=lambda step: (found[step]["val_masked_accuracy"], -step))
+    assert saved_steps(tmp_path / "run") == sorted({best, 40})
+    assert best != min(found, key=lambda step: found[step]["val_loss"]) or best != 40
+
+
+def test_one_document_is_refused_before_training_begins(tmp_path, text_file):
+    with pytest.raises(ValueError, match="needs two documents with two sentences each"):
+        run_lines(tiny_config(tmp_path, text_file, "--objective.name=masked+next_sentence"))
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -1,0 +1,161 @@
+"""Whether the objectives learn: hidden tokens, next sentences and classes of Python's own library, from held-out files.
+
+    python -m benchmarks.learning [--steps 800] [--class-steps 120] [--seeds 2] [--work DIR] [--json FILE]
+
+A quarter of the library's files is held out from everything. `configs/bert_cpu.toml` is trained on the others, and once
+more with random labels of next sentences. Then pieces of files are told apart by the package they are from, by
+`configs/classifier_cpu.toml` from the trained model and, with the same tokenizer and steps, from new weights.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from benchmarks import harness
+from minigpt import engine, objectives
+from minigpt.cli import Parser
+from minigpt.config import load_config
+from minigpt.corpus import list_documents
+from minigpt.data import prepare
+from minigpt.scores import proportion
+from minigpt.training import train
+
+PACKAGES = ("asyncio", "ctypes", "email", "html", "http", "idlelib", "importlib", "json", "logging", "multiprocessing",
+            "sqlite3", "tkinter", "unittest", "urllib", "xml")
+PIECE, PIECES = 400, {"train": 24, "val": 24}
+"""Characters of a piece of a file, and how many of a package at most."""
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class RandomLabels(objectives.MaskedNextSentence):
+    """Next sentences whose labels have nothing to do with them, in training."""
+
+    def batch(self, pairs, first, training=True):
+        batch = super().batch(pairs, first, training)
+        if not training:
+            return batch
+        labels = [np.random.default_rng([self.seed, first + row]).integers(2) for row in range(len(pairs))]
+        return dataclasses.replace(batch, labels=torch.tensor(labels))
+
+
+def write_files(folder: Path) -> None:
+    """The library's files in `folder`/train and `folder`/val, and tables of their pieces beside these."""
+    pieces = {split: {package: [] for package in PACKAGES} for split in PIECES}
+    for document in list_documents("stdlib"):
+        digest = hashlib.sha256(document.name.encode()).digest()
+        split = "val" if digest[0] < 64 else "train"
+        target = folder / split / document.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(document.path, target)
+        package = document.name.partition("/")[0]
+        if package in pieces[split]:
+            text = "".join(document.pieces())
+            cuts = [text[start:start + PIECE] for start in range(0, len(text), PIECE)]
+            pieces[split][package] += [cut for cut in cuts if len(cut.strip()) > PIECE // 2]
+    random = np.random.default_rng(0)
+    for split, most in PIECES.items():
+        with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["text", "label"])
+            for package, cuts in pieces[split].items():
+                for place in random.permutation(len(cuts))[:most]:
+                    table.writerow([cuts[place], package])
+
+
+def trained(config: str, folder: Path, name: str, *overrides: str) -> tuple[Path, dict]:
+    """(the run, its last evaluation) of a recipe."""
+    run = folder / "runs" / name
+    began = time.monotonic()
+    train(load_config(CONFIGS / config, [*overrides, f"--train.run_dir={run}"]))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return run, [record for record in records if "val_loss" in record][-1] | {"seconds": time.monotonic() - began}
+
+
+def unigram(run: Path) -> tuple[float, float]:
+    """(accuracy, nats) on the held-out hidden tokens of guessing each by its frequency alone."""
+    config = engine.load(run, "cpu").config
+    dataset = prepare(config.data, config.tokenizer, tokenizer=engine.load(run, "cpu").tokenizer)
+    counts = np.bincount(dataset.train.read(0, len(dataset.train)), minlength=dataset.tokenizer.vocab_size) + 1
+    counts[dataset.tokenizer.is_special] = 0
+    task, = objectives.make_objective(config, dataset.tokenizer).evaluated.tasks
+    targets = np.concatenate([batch.targets.numpy().ravel() for batch in task.in_order(dataset.val, 64)])
+    targets = targets[targets != objectives.IGNORED]
+    return float((targets == counts.argmax()).mean()), float(-np.log(counts[targets] / counts.sum()).mean())
+
+
+def pairs_held_out(run: Path) -> int:
+    """How many pairs the accuracy of next sentences is of."""
+    found = engine.load(run, "cpu")
+    dataset = prepare(found.config.data, found.config.tokenizer, tokenizer=found.tokenizer)
+    task, = objectives.make_objective(found.config, found.tokenizer).evaluated.tasks
+    return sum(len(batch.labels) for batch in task.in_order(dataset.val, 64))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="learning", description="Whether the objectives learn.")
+    parser.add_argument("--steps", type=harness.positive, default=800, help="of pre-training")
+    parser.add_argument("--class-steps", type=harness.positive, default=120, help="of each classifier")
+    parser.add_argument("--seeds", type=harness.positive, default=2, help="of classifiers")
+    parser.add_argument("--work", type=Path, help="an empty folder for texts and runs (default: a temporary one)")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    arguments = parser.parse_args(argv)
+    harness.check_file(parser, "json", arguments.json)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.work or Path(temporary)
+        if folder.exists() and any(folder.iterdir()):
+            parser.error(f"--work {folder} is not empty; name another")
+        result = measure(folder, arguments)
+    harness.save(arguments.json, result)
+    print(json.dumps(result))
+
+
+def measure(folder, arguments):
+    write_files(folder)
+    text = [f"--data.path={folder}/train", f"--data.val_path={folder}/val", f"--data.cache_dir={folder}/cache",
+            f"--train.max_steps={arguments.steps}", f"--train.eval_every={arguments.steps}"]
+    pretrained, found = trained("bert_cpu.toml", folder, "pretrained", *text)
+    with mock.patch.object(objectives, "TASKS", (RandomLabels, *objectives.TASKS[1:])):
+        _, control = trained("bert_cpu.toml", folder, "random_labels", *text)
+    pairs, (frequent, nats) = pairs_held_out(pretrained), unigram(pretrained)
+    rows = [{"what": "hidden tokens", "accuracy": found["val_masked_accuracy"], "nats": found["val_masked"]},
+            {"what": "hidden tokens, by frequency", "accuracy": frequent, "nats": nats}]
+    for what, record in (("next sentences", found), ("next sentences, random labels", control)):
+        hits = round(record["val_next_sentence_accuracy"] * pairs)
+        rows.append({"what": what, "accuracy": record["val_next_sentence_accuracy"],
+                     "interval": proportion(hits, pairs)[1], "nats": record["val_next_sentence"]})
+    table = [f"--data.path={folder}/train.csv", f"--data.val_path={folder}/val.csv",
+             f"--train.max_steps={arguments.class_steps}", f"--train.eval_every={arguments.class_steps}"]
+    new = [f"--tokenizer.path={pretrained}/tokenizer", "--model.context_length=128", "--model.depth=4",
+           "--model.width=128", "--model.num_heads=4", "--model.token_types=2"]
+    for what, start in (("classes, from the trained model", [f"--train.start_from={pretrained}"]),
+                        ("classes, from new weights", new)):
+        records = [trained("classifier_cpu.toml", folder, f"{what}{seed}", *table, *start, f"--train.seed={seed}")[1]
+                   for seed in range(1, arguments.seeds + 1)]
+        rows.append({"what": what, **{key: sum(record[f"val_{name}"] for record in records) / len(records)
+                                      for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro_f1"),
+                                                        ("nats", "classification"))},
+                     "each": [record["val_accuracy"] for record in records]})
+    print(f"{'':33} {'accuracy':>8} {'95 % interval':>16} {'nats':>7} {'macro F1':>8}")
+    for row in rows:
+        interval = " to ".join(f"{end:.4f}" for end in row["interval"]) if "interval" in row else ""
+        print(f"{row['what']:33} {row['accuracy']:8.4f} {interval:>16} {row['nats']:7.4f} "
+              + (f"{row['macro_f1']:8.4f}" if "macro_f1" in row else ""))
+    return {"benchmark": "learning", **harness.machine(torch.device("cpu")), "steps": arguments.steps,
+            "class_steps": arguments.class_steps, "classes": len(PACKAGES), "pairs": pairs,
+            "chance": {"next_sentence_nats": math.log(2)}, "seconds": round(found["seconds"]), "rows": rows}
+
+
+if __name__ == "__main__":
+    main()
