@@ -29,6 +29,7 @@ from minigpt.cli import Parser
 from minigpt.config import load_config
 from minigpt.corpus import list_documents
 from minigpt.data import prepare
+from minigpt.masking import IGNORED
 from minigpt.scores import proportion
 from minigpt.training import train
 
@@ -91,7 +92,7 @@ def unigram(run: Path) -> tuple[float, float]:
     counts[dataset.tokenizer.is_special] = 0
     task, = objectives.make_objective(config, dataset.tokenizer).evaluated.tasks
     targets = np.concatenate([batch.targets.numpy().ravel() for batch in task.in_order(dataset.val, 64)])
-    targets = targets[targets != objectives.IGNORED]
+    targets = targets[targets != IGNORED]
     return float((targets == counts.argmax()).mean()), float(-np.log(counts[targets] / counts.sum()).mean())
 
 

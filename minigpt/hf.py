@@ -319,7 +319,7 @@ def export_model(source: Path, out: Path, warn=print) -> str:
     with new_directory(out) as unfinished:
         kind, family = write_model(unfinished, model, found.config.objective.name, tensor, tokenizer)
         if tokenizer is not None:
-            hf_tokenizer.write(unfinished, tokenizer, model.context_length)
+            hf_tokenizer.write(unfinished, tokenizer, model.context_length, model.next_sentence)
             if kind == "qwen2" and not str(tokenizer.theirs.get("tokenizer_class")).startswith("Qwen2"):
                 warn("warning: for a qwen2 model AutoTokenizer splits a text as Qwen's own tokenizer does, not as this "
                      "one; load it with PreTrainedTokenizerFast.from_pretrained")
@@ -347,7 +347,8 @@ def model_card(found: checkpoint.Checkpoint, family: Family, name: str) -> str:
         tokens = loop["step"] * train.batch_size * train.accumulation_steps * model.context_length
         lines += [f"| trained for | {loop['step']} steps, {tokens:,} tokens |"]
         lines += [f"| {key.replace('_', ' ')} on held-out text | {loop['evaluated'][key]:.4f} |"
-                  for key in ("val_loss", "val_bpb") if key in loop.get("evaluated", {})]
+                  for key in ("val_loss", "val_bpb", "val_masked_accuracy", "val_next_sentence_accuracy")
+                  if key in loop.get("evaluated", {})]
     kind = "AutoModelFor" + ("CausalLM" if causal else "PreTraining" if model.next_sentence else "MaskedLM")
     lines += ["", "```python", f"from transformers import {kind}, AutoTokenizer", "",
               f'model = {kind}.from_pretrained("{name}")']

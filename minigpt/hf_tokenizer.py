@@ -178,10 +178,13 @@ def _own_padding(roles):
     return None if roles.padding in (*roles.end_tokens, roles.document_start) else roles.padding
 
 
-def write(directory: Path, tokenizer: Tokenizer, context_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, of SentencePiece, tokenizer.model, which transformers loads."""
+def write(directory: Path, tokenizer: Tokenizer, context_length: int, pairs: bool = False) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, of SentencePiece, tokenizer.model, which transformers loads.
+
+    With `pairs`, for a model of one text or two, a tokenizer of ours makes rows as `objectives.text_rows` does.
+    """
     theirs = tokenizer.kind == "tokenizers"
-    model = tokenizer.model if theirs else _sentencepiece_json(tokenizer)
+    model = tokenizer.model if theirs else _sentencepiece_json(tokenizer, pairs)
     (directory / "tokenizer.json").write_bytes(model)
     if tokenizer.encoder.file == "tokenizer.model":
         (directory / "tokenizer.model").write_bytes(tokenizer.model)
@@ -194,13 +197,16 @@ def write(directory: Path, tokenizer: Tokenizer, context_length: int) -> None:
                      ("mask", roles.mask), ("unk", tokenizer.special_tokens.get("<unk>"))):
         if id in names:
             config[f"{role}_token"] = names[id]
+    if pairs and not theirs:
+        config |= {"sep_token": names[roles.separator],
+                   "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     kept = tokenizer.theirs if theirs else {key: tokenizer.theirs[key] for key in ("chat_template",)
                                             if key in tokenizer.theirs}
     (directory / "tokenizer_config.json").write_text(json.dumps(config | kept, indent=2, ensure_ascii=False) + "\n",
                                                      "utf-8")
 
 
-def _sentencepiece_json(tokenizer):
+def _sentencepiece_json(tokenizer, pairs):
     """The tokenizer.json of a SentencePiece BPE or of bytes: merges in the order of the pieces' scores.
 
     Its ids are the same, but for texts that hold SPACE itself, which it takes for a space.
@@ -223,7 +229,8 @@ def _sentencepiece_json(tokenizer):
         {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": "<0x00>" in vocabulary,
          "vocab": vocabulary, "merges": merges}, tokenizer.special_tokens, {},
         normalizer={"type": "Sequence", "normalizers": prefix + replace(" ", SPACE)},
-        post_processor=_template(tokenizer.special_tokens, [names[id] for id in tokenizer.roles.prompt_start], []),
+        post_processor=_template(tokenizer.special_tokens, [names[id] for id in tokenizer.roles.prompt_start],
+                                 [names[tokenizer.roles.separator]] * pairs),
         decoder={"type": "Sequence", "decoders": replace(SPACE, " ") + [{"type": "ByteFallback"}, {"type": "Fuse"}]
                  + strip})
 

@@ -24,7 +24,7 @@ from minigpt import checkpoint
 from minigpt.config import SamplingParams
 from minigpt.corpus import Document, beginning, list_documents, open_corpus
 from minigpt.files import named
-from minigpt.objectives import IGNORED
+from minigpt.masking import IGNORED
 
 Z = 1.959964
 """Of the normal distribution, 95 % lies within so many standard deviations."""

@@ -34,12 +34,14 @@ TWINS = {
     "qwen3, biases of attention": lambda: llama_twins("Qwen3", attention_bias=True),
     "qwen2, window": lambda: llama_twins("Qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0),
     "qwen3, window": lambda: llama_twins("Qwen3", use_sliding_window=True, sliding_window=5, max_window_layers=0),
-    "bert": bert_twins,
+    "bert": bert_twins, "bert, next sentence": lambda: bert_twins("BertForPreTraining"),
 }
 every_twin = pytest.mark.parametrize("name", TWINS)
-CLASSES = {"bert": "AutoModelForMaskedLM"}
+CLASSES = {"bert": "AutoModelForMaskedLM", "bert, next sentence": "AutoModelForPreTraining"}
 """Of transformers, for what is no AutoModelForCausalLM."""
 TOKENS = torch.randint(0, 53, (3, 16), generator=torch.Generator().manual_seed(1))
+BERT = dict(mlp="gelu_erf", norm="layer_norm", norm_position="post", embedding_norm=True, token_types=2,
+            head_transform=True, position="learned", qk_norm=False, bias=True)
 
 
 def read(directory: Path) -> GPT:
@@ -64,13 +66,17 @@ def saved(tmp_path):
 def test_logits_loss_and_gradients_are_those_of_transformers(name, saved):
     folder, theirs = saved(name)
     ours = read(folder)
-    expected, actual = theirs(TOKENS).logits, ours(TOKENS, causal=name not in CLASSES)
+    causal, output = name not in CLASSES, theirs(TOKENS)
+    expected = output[0]
     assert rms(expected) > 0.5
-    assert_close(actual, expected, 1e-5)
-    causal = name not in CLASSES
+    assert_close(ours(TOKENS, causal=causal), expected, 1e-5)
     targets = TOKENS[:, 1:] if causal else TOKENS.roll(3, 1)[:, 1:]
-    ours_loss = ours.head.loss(ours.hidden(TOKENS, causal=causal)[:, :-1], targets, reduction="mean")
-    losses = [ours_loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), targets.flatten())]
+    hidden = ours.hidden(TOKENS, causal=causal)
+    losses = [ours.head.loss(hidden[:, :-1], targets, reduction="mean"),
+              F.cross_entropy(expected[:, :-1].flatten(0, 1), targets.flatten())]
+    if ours.config.next_sentence:
+        pairs = ours.next_sentence_logits(hidden, torch.full((3,), 16)), output.seq_relationship_logits
+        losses = [loss + F.cross_entropy(logits, torch.tensor([0, 1, 1])) for loss, logits in zip(losses, pairs)]
     assert_close(*(loss.detach() for loss in losses), 1e-5)
     for loss in losses:
         loss.backward()
@@ -92,7 +98,8 @@ def test_what_is_exported_transformers_loads_and_importing_it_again_changes_no_b
     back = kind.from_pretrained(written, attn_implementation=theirs.config._attn_implementation).eval()
     assert type(back) is type(theirs) or name == "mistral, no window"      # which is a Llama
     with torch.no_grad():
-        assert torch.equal(back(TOKENS).logits, theirs(TOKENS).logits)
+        one, other = back(TOKENS), theirs(TOKENS)
+    assert all(torch.equal(one[key], other[key]) for key in other if key.endswith("logits"))
     original, copy = (load_file(path / hf.WEIGHTS) for path in (folder, written))
     assert original.keys() == copy.keys() and all(torch.equal(original[key], copy[key]) for key in copy)
     assert read(written).config == first.config
@@ -167,6 +174,21 @@ def test_token_types_are_those_of_transformers(saved):
     assert not torch.allclose(ours(TOKENS, causal=False), expected, rtol=0.01)
 
 
+def test_next_sentence_logits_are_those_of_transformers(saved):
+    folder, theirs = saved("bert, next sentence")
+    lengths = torch.tensor([16, 9, 12])
+    text = torch.arange(16) < lengths[:, None]
+    types = ((torch.arange(16) > 4) & text).long()
+    expected = theirs(TOKENS, attention_mask=text.long(), token_type_ids=types).seq_relationship_logits
+    ours, documents = read(folder), torch.where(text, 0, -1)
+
+    def logits(**context):
+        return ours.next_sentence_logits(ours.hidden(TOKENS, causal=False, **context), lengths)
+    assert_close(logits(token_types=types, document_ids=documents), expected, 1e-5)
+    for other in (logits(token_types=types), logits(document_ids=documents)):
+        assert not torch.allclose(other, expected, rtol=0.01)
+
+
 @pytest.mark.parametrize("compiled", ["", "_orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_checkpoint_of_nanogpt(bias, compiled, tmp_path):
@@ -202,6 +224,10 @@ def test_a_checkpoint_of_nanogpt(bias, compiled, tmp_path):
      "model.norm_position = 'post' has no counterpart in gpt2"),
     (dict(mlp="swiglu", qkv_bias=True), "has no counterpart in qwen"),
     (dict(mlp="swiglu", position="none"), "model.position = 'none' has no counterpart in qwen3"),
+    (dict(mlp="swiglu", num_classes=3), "model.num_classes = 3 has no counterpart in qwen3"),
+    (dict(mlp="swiglu", next_sentence=True), "model.next_sentence = True has no counterpart in qwen3"),
+    (dict(BERT, num_classes=3), "model.num_classes = 3 has no counterpart in bert"),
+    (dict(BERT, next_sentence=True, pooling="last"), "model.pooling = 'last' has no counterpart in bert"),
 ])
 def test_models_that_no_family_has(settings, named):
     with pytest.raises(Unsupported, match=named):
@@ -217,9 +243,15 @@ def test_rules_of_other_families_do_not_matter(settings):
         family_for(ModelConfig(vocab_size=10, position="learned", width=100, num_heads=3, head_size=31), "causal")
 
 
-def test_a_family_is_trained_for_one_objective():
-    with pytest.raises(Unsupported, match="objective.name = 'masked' has no counterpart in qwen3"):
-        family_for(ModelConfig(vocab_size=10, mlp="swiglu"), "masked")
+@pytest.mark.parametrize("kind, objectives", [
+    ("qwen3", ["masked", "masked+next_sentence", "classification", "causal,masked@9"]),
+    ("bert", ["causal", "next_sentence", "classification", "masked,causal@9"])])
+def test_a_family_is_trained_for_one_objective(kind, objectives):
+    settings = BERT if kind == "bert" else dict(mlp="swiglu")
+    for objective in objectives:
+        with pytest.raises(Unsupported) as error:
+            family_for(ModelConfig(vocab_size=10, **settings), objective)
+        assert f"objective.name = {objective!r} has no counterpart in {kind}" in str(error.value)
 
 
 @pytest.mark.parametrize("kind, settings", [
@@ -227,6 +259,8 @@ def test_a_family_is_trained_for_one_objective():
     ("gpt2", dict(norm="layer_norm", mlp="gelu_erf", position="learned", qk_norm=False, bias=True, mlp_width=30)),
     ("llama", dict(mlp="swiglu", qk_norm=False)), ("llama", dict(mlp="swiglu", qk_norm=False, bias=True)),
     ("mistral", dict(mlp="swiglu", qk_norm=False, window=7)),
-    ("qwen2", dict(mlp="swiglu", qk_norm=False, qkv_bias=True)), ("qwen3", dict(mlp="swiglu"))])
+    ("qwen2", dict(mlp="swiglu", qk_norm=False, qkv_bias=True)), ("qwen3", dict(mlp="swiglu")), ("bert", BERT),
+    ("bert", dict(BERT, next_sentence=True)), ("bert", dict(BERT, pooling="last"))])    # without a head that pools
 def test_the_family_of_a_model_of_ours(kind, settings):
-    assert family_for(random_model(**settings).config, "causal")[0] == kind
+    for objective in ["masked", "masked+next_sentence:0.5"] if kind == "bert" else ["causal", "masked,causal@9"]:
+        assert family_for(random_model(**settings).config, objective)[0] == kind

@@ -6,22 +6,27 @@ import pickle
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from compare import assert_close
 from safetensors.torch import load_file, save_file
 from test_cli import ROOT, fails
-from tiny import tiny_config
+from tiny import make_text, tiny_config
 from twins import LINEAR, LLAMA3, bert_twins, gpt2_twins, llama_twins
 
 import minigpt
 from minigpt import cli, hf, training
+from minigpt.families import Unsupported
 from minigpt.model import RotaryPositions
+from minigpt.objectives import text_rows
 from minigpt.tokenizer import Tokenizer
 from minigpt.verify import verify
 
 DEFAULT_ROPE = ({"rope_type": "default", "rope_theta": 500.0}, dict(rope_base=500.0))
-TWINS = {"gpt2": gpt2_twins, "bert": bert_twins, "llama": lambda: llama_twins("Llama")}
+TWINS = {"gpt2": gpt2_twins, "bert": bert_twins, "llama": lambda: llama_twins("Llama"),
+         "bert, next sentence": lambda: bert_twins("BertForPreTraining")}
 
 
 @pytest.fixture
@@ -172,6 +177,32 @@ def test_old_files_of_bert(saved, tmp_path, capsys):
     assert all(map(torch.equal, weights_of(tmp_path / "new"), weights_of(tmp_path / "old")))
 
 
+@pytest.mark.parametrize("architectures", [["BertForMaskedLM"], ..., None])
+def test_a_bert_is_for_next_sentences_only_where_it_says_so(architectures, saved, tmp_path, capsys):
+    """As bert-base-uncased, whose file has all tensors and whose settings name BertForMaskedLM."""
+    cli.import_([str(saved("bert")), str(tmp_path / "plain")])
+    changed(folder := saved("bert, next sentence"), architectures=architectures)
+    capsys.readouterr()
+    cli.import_([str(folder), str(tmp_path / "out")])
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{tmp_path / 'out'}: BertForMaskedLM, ")
+    assert ("warning: left out, as they serve another objective: bert.pooler.dense.bias, bert.pooler.dense.weight, "
+            "cls.seq_relationship.bias, cls.seq_relationship.weight\n") in printed.err
+    run, plain = minigpt.load(tmp_path / "out"), minigpt.load(tmp_path / "plain")
+    assert run.config == plain.config and run.config.objective.name == "masked"
+    assert run.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+def test_what_a_bert_for_next_sentences_must_hold(saved, refused, tmp_path, capsys):
+    folder = saved("bert, next sentence")
+    cli.import_([str(folder), str(tmp_path / "in")])
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'in'}: BertForPreTraining, ")
+    assert minigpt.load(tmp_path / "in").config.objective.name == "masked+next_sentence"
+    for name in ("cls.seq_relationship.bias", "bert.pooler.dense.weight"):
+        change_tensors(folder, lambda tensors, name=name: tensors.pop(name))
+        assert f"{name} is missing; the settings tell of a model that has it" in refused(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_widened(dtype, saved, tmp_path):
     folder = saved()
@@ -224,6 +255,7 @@ def test_settings_that_cannot_be_read(keys, message, saved, refused):
     ("bert", dict(position_embedding_type="relative_key"),
      "position_embedding_type = 'relative_key' is not supported, only 'absolute'"),
     ("bert", dict(tie_word_embeddings=False), "tie_word_embeddings = False is not supported, only True"),
+    ("bert", dict(architectures=5), "config.json: a setting has a value of a wrong type"),
 ])
 def test_settings_of_other_families_that_cannot_be_read(name, keys, message, saved, refused):
     changed(folder := saved(name), **keys)
@@ -368,6 +400,39 @@ def test_a_run_is_exported_with_its_tokenizer_and_a_card(tmp_path, text_file, ca
     assert "exists already" in fails(capsys, cli.export, str(tmp_path / "run"), str(out))
     assert "no run or checkpoint" in fails(capsys, cli.export, str(tmp_path / "none"), str(tmp_path / "new"))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_with_next_sentences_is_exported(tmp_path, capsys):
+    """And one that pools otherwise, or has learnt labels, is not."""
+    from transformers import AutoModelForPreTraining, AutoTokenizer
+
+    (texts := tmp_path / "texts").mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(make_text(9, seed=number), "utf-8")
+    bert = [f"--model.{setting}" for setting in (
+        "mlp=gelu_erf", "norm=layer_norm", "norm_position=post", "embedding_norm=true", "head_transform=true",
+        "position=learned", "qk_norm=false", "bias=true")]
+    training.train(tiny_config(tmp_path, texts, "--train.max_steps=2", "--objective.name=masked+next_sentence", *bert))
+    run, out = tmp_path / "run", tmp_path / "out"
+    capsys.readouterr()
+    cli.export([str(run), str(out)])
+    assert capsys.readouterr().out.startswith(f"{out}: BertForPreTraining, ")
+    assert 'model = AutoModelForPreTraining.from_pretrained("out")' in (out / "README.md").read_text("utf-8")
+    theirs, ours = AutoModelForPreTraining.from_pretrained(out), minigpt.load(run).model
+    tokens = torch.arange(5, 25).view(2, 10)
+    output, hidden = theirs(tokens), ours.hidden(tokens, causal=False)
+    assert_close(ours.head(hidden), output.prediction_logits, 1e-5)
+    assert_close(ours.next_sentence_logits(hidden, torch.full((2,), 10)), output.seq_relationship_logits, 1e-5)
+    vocabulary = minigpt.load(run).tokenizer
+    pair = [tuple(map(vocabulary.encode, ("the King said", " of night"))), (vocabulary.encode("a day"), None)]
+    for texts, wanted in ((("the King said", " of night"), pair[:1]), (("a day",), pair[1:])):
+        row, found = text_rows(wanted, 32, vocabulary), AutoTokenizer.from_pretrained(out)(*texts)
+        assert [found["input_ids"]] == row["inputs"].tolist()
+        assert [found["token_type_ids"]] == row["token_types"].tolist()
+    for settings, named in ((dict(pooling="last"), "model.pooling = 'last'"),
+                            (dict(num_classes=3), "model.num_classes = 3")):
+        with pytest.raises(Unsupported, match=f"{named} has no counterpart in bert"):
+            hf.write_model(tmp_path, replace(ours.config, **settings), "masked+next_sentence", None)
 
 
 def test_the_tokenizer_of_a_qwen2_of_ours(tmp_path, text_file, capsys):

@@ -19,7 +19,8 @@ from minigpt.data import in_order
 from minigpt.evaluate import Stopped, evaluate
 from minigpt.labelled import Row
 from minigpt.labelled import split_of as split_of_rows
-from minigpt.objectives import IGNORED, CausalLM, make_objective, word_units
+from minigpt.masking import IGNORED, word_units
+from minigpt.objectives import CausalLM, make_objective
 from minigpt.shards import Split
 from minigpt.tokenizer import FIRST_BYTE, SPECIAL_TOKENS, Tokenizer
 from minigpt.update import add_gradients, apply_gradients
@@ -346,6 +347,7 @@ def test_what_counts_as_a_right_answer():
 
 @pytest.mark.parametrize("name, settings, message", [
     ("masked+next_sentence", dict(pooling="last"), "model.pooling = last makes attention causal"),
+    ("next_sentence", dict(token_types=1), "model.token_types = 1 tells no two texts apart"),
     ("next_sentence", dict(context_length=4), "model.context_length = 4 has no room for two sentences"),
     ("classification", dict(context_length=3), "model.context_length = 3 is too small for a text"),
 ])

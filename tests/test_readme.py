@@ -41,7 +41,8 @@ def fill(folder):
     (texts / "book.txt").write_text(make_text(800), "utf-8")
     for number in range(20):
         (texts / f"{number}.txt").write_text(make_text(100, seed=number), "utf-8")
-    rows = [f"{line.rstrip('.')},{'long' if len(line) > 40 else 'short'}\n" for line in make_text(60).split("\n") if line]
+    lines = [line.rstrip(".") for line in make_text(60).split("\n") if line]
+    rows = [f"{line},{'long' if len(line) > 40 else 'short'}\n" for line in lines]
     (folder / "labels.csv").write_text("".join(["text,label\n", *rows]), "utf-8")
     return folder
 

@@ -60,17 +60,22 @@ def llama_twins(kind: str, seed: int = 0, rope=LINEAR, **theirs_only):
         window=theirs_only.get("sliding_window") or 0))
 
 
-def bert_twins(seed: int = 0):
-    """(transformers' BertForMaskedLM, ours); its padding token, which gets no gradient, is left out."""
-    from transformers import BertConfig, BertForMaskedLM
+def bert_twins(kind: str = "BertForMaskedLM", seed: int = 0, **theirs_only):
+    """(transformers' BertForMaskedLM or BertForPreTraining, ours).
 
-    theirs = randomise(BertForMaskedLM(BertConfig(
+    A padding token, whose row gets no gradient where it is read, is left out unless given.
+    """
+    import transformers
+
+    config = transformers.BertConfig(**dict(
         vocab_size=53, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
-        max_position_embeddings=16, layer_norm_eps=1e-3, pad_token_id=None)), seed)
+        max_position_embeddings=16, layer_norm_eps=1e-3, pad_token_id=None) | theirs_only)
+    theirs = randomise(getattr(transformers, kind)(config), seed)
     return theirs, twin_of(theirs, ModelConfig(
-        vocab_size=53, context_length=16, depth=2, width=24, num_heads=4, mlp="gelu_erf", mlp_width=40,
-        norm="layer_norm", norm_eps=1e-3, norm_position="post", embedding_norm=True, token_types=2,
-        head_transform=True, position="learned", qk_norm=False, bias=True))
+        vocab_size=config.vocab_size, context_length=config.max_position_embeddings, depth=2, width=24, num_heads=4,
+        mlp="gelu_erf", mlp_width=40, norm="layer_norm", norm_eps=1e-3, norm_position="post", embedding_norm=True,
+        token_types=2, head_transform=True, position="learned", qk_norm=False, bias=True,
+        next_sentence=kind == "BertForPreTraining"))
 
 
 def twin_of(theirs, config: ModelConfig) -> GPT:

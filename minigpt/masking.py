@@ -1,0 +1,83 @@
+"""Which tokens of a row are hidden, to be predicted: single ones, whole words or spans."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from minigpt.config import Config
+from minigpt.tokenizer import Tokenizer
+
+IGNORED = -100
+"""Stands among targets where nothing is to be predicted."""
+WORD = re.compile(r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|\S")
+"""A word, or one character of a script without spaces between words, or of punctuation."""
+SPAN_STOP, LONGEST_SPAN = 0.2, 10
+"""A span of tokens ends behind each with that probability (arXiv 1907.10529, section 3.1)."""
+
+
+class Masking:
+    """Hides chosen tokens (BERT, arXiv 1810.04805, section 3.1).
+
+    Each unit of text (`objective.mask_unit`) is chosen with `mask_probability`; of what is chosen 80 % are shown as
+    <mask>, 10 % as a random text token, 10 % as they are: each token by itself, a span as a whole. Special tokens are
+    never chosen. The choice in row n is a function of the seed and n.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        if tokenizer.roles.mask is None:
+            raise ValueError(f"objective.name = {config.objective.name} needs a tokenizer with a mask token, and this "
+                             "one has none; take another (tokenizer.path) or train one")
+        self.config, self.tokenizer, self.seed = config.objective, tokenizer, config.train.seed
+        self.is_text = ~tokenizer.is_special
+        self.text_ids = np.flatnonzero(self.is_text)
+
+    def __call__(self, rows: np.ndarray, first: int, training: bool, lengths: np.ndarray | None = None):
+        """(inputs, targets), each (B, T), of rows (B, T) that are numbered from `first`.
+
+        `lengths` (B,) leave the padding out, on which the choice then does not depend.
+        """
+        inputs, targets = rows.copy(), np.full_like(rows, IGNORED)
+        for number, row in enumerate(rows):
+            row = row if lengths is None else row[:lengths[number]]
+            random = np.random.default_rng([self.seed, first + number, int(training)])
+            unit = self.units(row, random)
+            chosen = (random.random(len(row)) < self.config.mask_probability)[unit] & self.is_text[row]
+            fate = random.random(len(row))
+            if self.config.mask_unit == "span":
+                fate = fate[unit]
+            other = self.text_ids[random.integers(len(self.text_ids), size=len(row))]
+            masked, replaced = chosen & (fate < 0.8), chosen & (fate >= 0.8) & (fate < 0.9)
+            targets[number, :len(row)][chosen] = row[chosen]
+            inputs[number, :len(row)][masked] = self.tokenizer.roles.mask
+            inputs[number, :len(row)][replaced] = other[replaced]
+        return inputs, targets
+
+    def units(self, row: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """(T,): tokens of one row with the same number are chosen together."""
+        if self.config.mask_unit == "word":
+            return word_units(row, self.tokenizer)
+        if self.config.mask_unit == "token":
+            return np.arange(len(row))
+        sizes = np.minimum(random.geometric(SPAN_STOP, len(row)), LONGEST_SPAN)
+        units = np.repeat(np.arange(len(row)), sizes)[:len(row)]
+        stretch = np.cumsum(~self.is_text[row])         # no span goes across a special token
+        return np.unique(units + len(row) * stretch, return_inverse=True)[1]
+
+
+def word_units(row: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """(T,): of each token of a row the number of its word, that of its first character that is no space.
+
+    A token that has none, as a special one, is by itself. A Chinese character is a word.
+    """
+    pieces = [tokenizer.token_bytes[token] for token in row]
+    begins = np.cumsum([0, *(len(piece) for piece in pieces)])
+    begins = begins[:-1] + [len(piece) - len(piece.lstrip()) for piece in pieces]       # behind the spaces of each
+    text = b"".join(pieces).decode("utf-8", errors="surrogateescape")       # a character for each byte that is none
+    places = np.cumsum([0, *(len(character.encode("utf-8", "surrogateescape")) for character in text)])
+    words = places[[match.start() for match in WORD.finditer(text)]]
+    units = np.searchsorted(words, begins, "right")
+    alone = np.array([not piece.strip() for piece in pieces])
+    units[alone] = len(words) + 1 + np.arange(alone.sum())
+    return np.unique(units, return_inverse=True)[1]
