@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from minigpt.config import Config
-from minigpt.tokenizer import Tokenizer
+from minigpt.tokenizer import Tokenizer, text_of
 
 IGNORED = -100
 """Stands among targets where nothing is to be predicted."""
@@ -30,7 +30,7 @@ class Masking:
             raise ValueError(f"objective.name = {config.objective.name} needs a tokenizer with a mask token, and this "
                              "one has none; take another (tokenizer.path) or train one")
         self.config, self.tokenizer, self.seed = config.objective, tokenizer, config.train.seed
-        self.is_text = ~tokenizer.is_special
+        self.words, self.is_text = Words(tokenizer), ~tokenizer.is_special
         self.text_ids = np.flatnonzero(self.is_text)
 
     def __call__(self, rows: np.ndarray, first: int, training: bool, lengths: np.ndarray | None = None):
@@ -57,7 +57,7 @@ class Masking:
     def units(self, row: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """(T,): tokens of one row with the same number are chosen together."""
         if self.config.mask_unit == "word":
-            return word_units(row, self.tokenizer)
+            return self.words(row)
         if self.config.mask_unit == "token":
             return np.arange(len(row))
         sizes = np.minimum(random.geometric(SPAN_STOP, len(row)), LONGEST_SPAN)
@@ -66,18 +66,22 @@ class Masking:
         return np.unique(units + len(row) * stretch, return_inverse=True)[1]
 
 
-def word_units(row: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """(T,): of each token of a row the number of its word, that of its first character that is no space.
+class Words:
+    """words(row (T,)): of each token the number of its word, that of its first character that is no space.
 
     A token that has none, as a special one, is by itself. A Chinese character is a word.
     """
-    pieces = [tokenizer.token_bytes[token] for token in row]
-    begins = np.cumsum([0, *(len(piece) for piece in pieces)])
-    begins = begins[:-1] + [len(piece) - len(piece.lstrip()) for piece in pieces]       # behind the spaces of each
-    text = b"".join(pieces).decode("utf-8", errors="surrogateescape")       # a character for each byte that is none
-    places = np.cumsum([0, *(len(character.encode("utf-8", "surrogateescape")) for character in text)])
-    words = places[[match.start() for match in WORD.finditer(text)]]
-    units = np.searchsorted(words, begins, "right")
-    alone = np.array([not piece.strip() for piece in pieces])
-    units[alone] = len(words) + 1 + np.arange(alone.sum())
-    return np.unique(units, return_inverse=True)[1]
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.token_bytes = tokenizer.token_bytes
+        self.sizes = np.array([len(token) for token in self.token_bytes])
+        self.spaces = np.array([len(token) - len(token.lstrip()) for token in self.token_bytes])    # in front
+
+    def __call__(self, row: np.ndarray) -> np.ndarray:
+        sizes, spaces = self.sizes[row], self.spaces[row]
+        text, places = text_of(b"".join([self.token_bytes[token] for token in row.tolist()]))
+        starts = np.fromiter((match.start() for match in WORD.finditer(text)), np.int64)
+        units = np.searchsorted(places[starts], np.cumsum(sizes) - sizes + spaces, "right")
+        alone = spaces == sizes
+        units[alone] = len(starts) + 1 + np.arange(alone.sum())
+        return np.unique(units, return_inverse=True)[1]

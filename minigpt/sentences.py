@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from minigpt.shards import Split
+from minigpt.tokenizer import text_of
 
 LONGEST = 400
 """Characters of a sentence; a longer one is cut at a line's or a word's end."""
@@ -70,18 +71,14 @@ def token_starts(tokens: np.ndarray, token_bytes: list[bytes]) -> np.ndarray:
     A token that reaches over the end of a sentence belongs to the one before, but for a space it begins with.
     """
     pieces = [token_bytes[token] for token in tokens]
-    text = b"".join(pieces).decode("utf-8", errors="surrogateescape")       # a character for each byte that is none
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    escaped = (codes >= 0xDC80) & (codes <= 0xDCFF)
-    sizes = np.where(escaped, 1, 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000))
+    text, places = text_of(b"".join(pieces))
     starts = []
     for start in sentence_starts(text):                 # the spaces behind a sentence may be in the next one's token
         while start and text[start - 1].isspace():
             start -= 1
         starts.append(start)
-    byte_starts = np.concatenate([[0], np.cumsum(sizes)])[np.array(starts, np.int64)]
     begins = np.cumsum([0, *map(len, pieces)])[:-1]
-    found = np.searchsorted(begins, byte_starts, "left")
+    found = np.searchsorted(begins, places[np.array(starts, np.int64)], "left")
     return np.unique(found[found < len(tokens)])
 
 

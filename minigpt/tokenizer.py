@@ -175,6 +175,18 @@ class Tokenizer:
         return tokenizer
 
 
+def text_of(content: bytes) -> tuple[str, np.ndarray]:
+    """The text of bytes, a lone surrogate for each that is no UTF-8, and the byte at which each character begins.
+
+    Of n characters (n + 1,) int64: the last is the number of bytes.
+    """
+    text = content.decode("utf-8", errors="surrogateescape")
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    sizes = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+    sizes[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
+    return text, np.concatenate([[0], np.cumsum(sizes)])
+
+
 def _encoder(kind):
     if kind not in ENCODERS:
         raise ValueError(f"tokenizer kind {kind!r} is none of: {', '.join(ENCODERS)}")

@@ -19,7 +19,7 @@ from minigpt.data import in_order
 from minigpt.evaluate import Stopped, evaluate
 from minigpt.labelled import Row
 from minigpt.labelled import split_of as split_of_rows
-from minigpt.masking import IGNORED, word_units
+from minigpt.masking import IGNORED, Words
 from minigpt.objectives import CausalLM, make_objective
 from minigpt.shards import Split
 from minigpt.tokenizer import FIRST_BYTE, SPECIAL_TOKENS, Tokenizer
@@ -109,7 +109,7 @@ def test_masked_proportions(probability):
 def test_whole_words(text, words):
     """Tokens of a word have one number; a Chinese character is a word, and spaces may go with what follows."""
     row = np.array(TOKENIZER.encode(text))
-    units = word_units(row, TOKENIZER)
+    units = Words(TOKENIZER)(row)
     letters = [TOKENIZER.token_bytes[token].strip() for token in row]
     found = {}
     for unit, letter in zip(units, letters):
@@ -119,9 +119,9 @@ def test_whole_words(text, words):
 
 def test_words_of_a_row_that_begins_within_a_character():
     row = np.array(TOKENIZER.encode("é日 ab")[1:])
-    assert len(word_units(row, TOKENIZER)) == len(row)
+    assert len(Words(TOKENIZER)(row)) == len(row)
     row = np.array([START, *TOKENIZER.encode("ab"), START, *TOKENIZER.encode("ab"), PAD, PAD])
-    units = word_units(row, TOKENIZER)
+    units = Words(TOKENIZER)(row)
     assert len(set(units[[0, 3, 6, 7]])) == 4 and units[1] == units[2]
 
 
@@ -138,7 +138,7 @@ def test_words_and_spans_are_chosen_as_a_whole(unit, probability):
     assert not chosen[rows == START].any()
     if unit == "word":
         for row, picked in zip(rows, chosen):
-            units = word_units(row, TOKENIZER)
+            units = Words(TOKENIZER)(row)
             letters = row != TOKENIZER.encode(" ")[0]
             assert all(len(set(picked[(units == one) & letters].tolist())) <= 1 for one in np.unique(units))
         return
