@@ -179,7 +179,7 @@ def _by_number(label):
 
 
 def split_of(rows: list[Row], classes: list[str], tokenizer: Tokenizer, name: str) -> LabelledSplit:
-    """Rows as a split. Raises ValueError naming the place of a label that is none of the classes, or of no token."""
+    """Rows as a split. Raises ValueError naming the place of an unknown label or of a text without a token."""
     numbers = {label: number for number, label in enumerate(classes)}
     for row in rows:
         if row.label not in numbers:
