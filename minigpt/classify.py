@@ -26,7 +26,7 @@ def _rows(run, texts, batch_size, long_texts) -> Iterator[tuple[torch.Tensor, Ba
     """(number of the text of each row, a batch of rows) of texts (ids, ids or None), alike long ones together."""
     T = run.model.config.context_length
     rows = [(piece, number) for number, text in enumerate(texts) for piece in fitted(text, T, long_texts)]
-    rows.sort(key=lambda row: -len(row[0][0]) - len(row[0][1] or ()))
+    rows.sort(key=lambda row: -sum(len(part) for part in row[0] if part is not None))
     for first in range(0, len(rows), batch_size):
         pieces, numbers = zip(*rows[first:first + batch_size])
         arrays = {name: torch.from_numpy(array) for name, array in text_rows(pieces, T, run.tokenizer).items()}
@@ -146,7 +146,7 @@ def fill(run, text: str, candidates: int = 5) -> list[list[tuple[str, float]]]:
     if "masked" not in run.config.objective.phases[-1][1] or tokenizer.roles.mask is None:
         raise ValueError(f"{run.path}: trained with the objective {run.config.objective.name!r}, so it cannot fill in "
                          "blanks; take a masked model")
-    own = next(name for name, id in tokenizer.special_tokens.items() if id == tokenizer.roles.mask)
+    own = next((name for name, id in tokenizer.special_tokens.items() if id == tokenizer.roles.mask), MASKS[0])
     for name in (*MASKS, own):
         text = text.replace(name, MASKS[0])
     parts = text.split(MASKS[0])

@@ -500,7 +500,7 @@ def _model_of(start, begun, place):
 def _read(path):
     """The text of a config file and what it says."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode().removeprefix("\ufeff")
         if path.suffix == ".json":
             return text, json.loads(text, object_pairs_hook=_each_once)
         return text, tomllib.loads(text)

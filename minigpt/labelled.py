@@ -12,6 +12,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Row:
 class LabelledSplit(Split):
     """Texts with labels; as a Split each text, or pair, is a document."""
 
-    texts: tuple[tuple[list[int], list[int] | None], ...] = ()
+    texts: tuple[tuple[np.ndarray, np.ndarray | None], ...] = ()
     """(ids, ids of the second of a pair, or None)"""
     labels: np.ndarray | None = None
     """(number of texts,) classes by number."""
@@ -151,10 +152,10 @@ def prepare(data: DataConfig, settings: TokenizerConfig, classes: list[str],
     if data.val_path:
         held_out = read_table(data.val_path, data.text_columns, data.label_column)
     else:
-        count = min(max(1, round(data.val_fraction * len(rows))), len(rows) - 1)
-        if not count:
-            raise ValueError(f"{data.path}: has one row, and some must be held out; give more")
-        chosen = set(np.random.default_rng(0).permutation(len(rows))[:count].tolist())
+        chosen = _held_out(rows, max(1, round(data.val_fraction * len(rows))))
+        if not chosen:
+            raise ValueError(f"{data.path}: has no two rows of one label, and some must be held out; give more, or "
+                             "data.val_path")
         rows, held_out = ([row for number, row in enumerate(rows) if (number in chosen) == wanted]
                           for wanted in (False, True))
     classes = classes or sorted({row.label for row in rows}, key=_by_number)
@@ -172,6 +173,16 @@ def prepare(data: DataConfig, settings: TokenizerConfig, classes: list[str],
     return Dataset(digest[:32], data.path, tokenizer, *splits)
 
 
+def _held_out(rows, count):
+    """The numbers of `count` rows, or fewer, drawn so that the last row of a class is none of them."""
+    left, chosen = Counter(row.label for row in rows), set()
+    for number in np.random.default_rng(0).permutation(len(rows)).tolist():
+        if len(chosen) < count and left[rows[number].label] > 1:
+            chosen.add(number)
+            left[rows[number].label] -= 1
+    return chosen
+
+
 def _by_number(label):
     """Whole numbers in their order, before other labels in theirs."""
     is_number = label.removeprefix("-").isdecimal() and len(label) < 19
@@ -186,20 +197,44 @@ def split_of(rows: list[Row], classes: list[str], tokenizer: Tokenizer, name: st
             raise ValueError(f"{row.place}: the label {row.label!r} is unknown; those trained on are "
                              f"{', '.join(classes[:20])}")
     encoded = iter(tokenizer.encode_batch([text for row in rows for text in row.texts]))
-    texts = tuple((next(encoded), next(encoded) if len(row.texts) == 2 else None) for row in rows)
-    for row, parts in zip(rows, texts):
-        if [] in parts:
+    texts, tokens, start = [], [], np.array([tokenizer.roles.document_start], np.int32)
+    for row in rows:
+        ids = [np.array(next(encoded), np.int32) for _ in row.texts]
+        if not all(map(len, ids)):
             raise ValueError(f"{row.place}: the tokenizer has no token for a text; mend the row or leave it out")
-    tokens = [[tokenizer.roles.document_start, *first, *(second or ())] for first, second in texts]
+        texts.append((ids[0], ids[1] if len(ids) == 2 else None))
+        tokens.append(np.concatenate([start, *ids]))
     return LabelledSplit(
         shards=[np.concatenate(tokens)], documents=np.cumsum([0, *map(len, tokens)])[:-1],
         num_bytes=sum(len(text.encode()) for row in rows for text in row.texts), name=name,
         names=tuple(row.place for row in rows), first_bytes=(0,) * len(rows),
-        token_sizes=np.array([len(token) for token in tokenizer.token_bytes]), texts=texts,
+        token_sizes=np.array([len(token) for token in tokenizer.token_bytes]), texts=tuple(texts),
         labels=np.array([numbers[row.label] for row in rows]), classes=tuple(classes))
 
 
-def fitted(text: tuple[list[int], list[int] | None], T: int, long_texts: str) -> list[tuple]:
+class LabelledRows:
+    """The texts of a split as rows that fit the context, in an order that is shuffled each epoch."""
+
+    def __init__(self, split: LabelledSplit, T: int, long_texts: str, seed: int):
+        self.split, self.seed, self._epoch = split, seed, None
+        self.rows = [(piece, number) for number, text in enumerate(split.texts)
+                     for piece in fitted(text, T, long_texts)]
+        """(text or pair, its number)"""
+
+    def place(self, number: int) -> int:
+        """The row that is training row `number`, a function of the seed and the number."""
+        epoch, place = divmod(number, len(self.rows))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+            self._epoch = epoch
+        return int(self._order[place])
+
+    def source(self, number: int) -> tuple[str, int]:
+        """The row of the table that training row `number` is of, as file and line, and byte 0."""
+        return self.split.names[self.rows[self.place(number)][1]], 0
+
+
+def fitted(text: tuple[np.ndarray, np.ndarray | None], T: int, long_texts: str) -> list[tuple]:
     """A text, or pair, as texts or pairs that fit rows of T tokens.
 
     "truncate" gives one, of a pair with what is longer cut first; "window" all pieces of a single text.
@@ -214,7 +249,7 @@ def fitted(text: tuple[list[int], list[int] | None], T: int, long_texts: str) ->
     return [(first[:kept], second[:room - kept])]
 
 
-def is_long(text: tuple[list[int], list[int] | None], T: int) -> bool:
+def is_long(text: tuple[np.ndarray, np.ndarray | None], T: int) -> bool:
     """Whether a text, or pair, does not fit a row of T tokens."""
     first, second = text
     return len(first) > T - 2 if second is None else len(first) + len(second) > T - 3

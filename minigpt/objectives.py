@@ -12,6 +12,7 @@ of a step, so that many small batches equal one big one. Row n of each task is a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from minigpt import report
 from minigpt.config import Config
 from minigpt.data import Dealer, in_order
-from minigpt.labelled import LabelledSplit, fitted
+from minigpt.labelled import LabelledRows, LabelledSplit
 from minigpt.masking import IGNORED, Masking
 from minigpt.sentences import Pairs
 from minigpt.shards import Split
@@ -308,32 +309,12 @@ class Classification(Task):
         if self not in found:
             return {}
         numbers, labels, probabilities = map(torch.cat, zip(*found[self]))
+        if not probabilities.isfinite().all():
+            return dict.fromkeys(self.measured, math.nan)
         labels, probabilities = by_text(numbers, labels), by_text(numbers, probabilities)
         names = self.config.objective.classes
         whole = report.classification_report(labels.numpy(), probabilities.numpy(), names)
         return {f"val_{name}": of(whole) for name, of in report.METRICS.items()}
-
-
-class LabelledRows:
-    """The texts of a split as rows that fit the context, in an order that is shuffled each epoch."""
-
-    def __init__(self, split: LabelledSplit, T: int, long_texts: str, seed: int):
-        self.split, self.seed, self._epoch = split, seed, None
-        self.rows = [(piece, number) for number, text in enumerate(split.texts)
-                     for piece in fitted(text, T, long_texts)]
-        """(text or pair, its number)"""
-
-    def place(self, number: int) -> int:
-        """The row that is training row `number`, a function of the seed and the number."""
-        epoch, place = divmod(number, len(self.rows))
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
-            self._epoch = epoch
-        return int(self._order[place])
-
-    def source(self, number: int) -> tuple[str, int]:
-        """The row of the table that training row `number` is of, as file and line, and byte 0."""
-        return self.split.names[self.rows[self.place(number)][1]], 0
 
 
 def class_logits(model, batch: Batch) -> torch.Tensor:

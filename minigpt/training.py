@@ -208,6 +208,10 @@ class Trainer:
                     self.raise_troubles()
                     raise Interrupted(128 + self.stop.number, f"stopped at step {self.state.step}, saved in {self.run}")
         self.raise_troubles()
+        best = self.state.best_step
+        if every.keep_best and best not in (None, self.state.step):
+            self.progress.say(f"the best evaluation, {every.best_by} {self.state.best:.4f}, was at step {best}: "
+                              f"{self.run / 'checkpoints' / f'step-{best:08d}'}")
         return closing_line(self.state.evaluated)
 
     def step(self) -> dict:

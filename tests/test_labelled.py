@@ -94,7 +94,7 @@ def test_lines_of_text(tmp_path):
     *[("t.jsonl", '{"text": "a", "label": ' + label + "}", "t.jsonl:1: label is empty, or no label")
       for label in ("null", "1.0", "[]", '" "', '"\\udfff"')],
     ("t.csv", "text,label\na,x\nb,x\n", "t.csv: label has 1 labels (x) in the rows to train on"),
-    ("t.csv", "text,label\na,x\n", "t.csv: has one row, and some must be held out"),
+    ("t.csv", "text,label\na,x\n", "t.csv: has no two rows of one label, and some must be held out"),
     ("nowhere.csv", None, "nowhere.csv: No such file or directory"), ("folder.csv", None, "folder.csv: Is a directory"),
 ])
 def test_a_table_that_cannot_be_learnt_from(tmp_path, capsys, name, content, message):
@@ -136,12 +136,9 @@ def test_given_classes_keep_their_order(tmp_path):
             prepared(path, classes, val_path=str(val_path))
 
 
-@pytest.mark.parametrize("n, fraction, held_out", [(20, 0.1, 2), (20, 0.5, 10), (20, 1e-6, 1), (2, 0.9, 1)])
+@pytest.mark.parametrize("n, fraction, held_out", [(20, 0.1, 2), (20, 0.5, 10), (20, 1e-6, 1), (4, 0.9, 2)])
 def test_what_is_held_out(tmp_path, n, fraction, held_out):
-    """Each row is in one of the splits, the same at each reading; the fingerprint tells any other table or classes.
-
-    Regression: of two rows with a val_fraction of 0.9 it was said that there is one.
-    """
+    """Each row is in one of the splits, the same at each reading; the fingerprint tells any other table or classes."""
     path = table(tmp_path / "t.csv", "ab" * (n // 2))
     found = prepared(path, "ab", val_fraction=fraction)
     assert len(found.val.texts) == held_out and sorted(found.train.names + found.val.names) == sorted(
@@ -152,6 +149,14 @@ def test_what_is_held_out(tmp_path, n, fraction, held_out):
     again, turned = prepared(path, "ab", val_fraction=fraction), prepared(path, "ba", val_fraction=fraction)
     changed = prepared(table(path, "ab" * (n // 2 - 1) + "ba"), "ab", val_fraction=fraction)
     assert again.fingerprint == found.fingerprint not in (turned.fingerprint, changed.fingerprint)
+
+
+def test_the_last_row_of_a_class_is_learnt_from(tmp_path):
+    """Regression: where it was held out, the run ended with its label as an unknown one."""
+    for only in range(12):
+        path = table(tmp_path / "t.csv", "a" * only + "c" + "b" * (12 - only))
+        found = prepared(path, val_fraction=0.5)
+        assert set(found.train.labels) == set(range(len(found.train.classes))) and len(found.val.texts) == 6
 
 
 @given(st.lists(st.integers(), min_size=1, max_size=40), st.integers(4, 20))
