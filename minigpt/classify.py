@@ -143,7 +143,7 @@ def fill(run, text: str, candidates: int = 5) -> list[list[tuple[str, float]]]:
     tokenizer, model = run.tokenizer, run.model
     if tokenizer is None:
         raise ValueError(f"{run.path}: has no tokenizer; import it again with --tokenizer DIR")
-    if "masked" not in run.config.objective.phases[-1][1] or tokenizer.roles.mask is None:
+    if "masked" not in run.config.objective.parts or tokenizer.roles.mask is None:
         raise ValueError(f"{run.path}: trained with the objective {run.config.objective.name!r}, so it cannot fill in "
                          "blanks; take a masked model")
     own = next((name for name, id in tokenizer.special_tokens.items() if id == tokenizer.roles.mask), MASKS[0])

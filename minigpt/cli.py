@@ -239,6 +239,8 @@ def _evaluate(arguments):
         raise ValueError("nothing to measure; give --text, --choices, --generation, --labelled or --tasks")
     if arguments.html and not arguments.labelled:
         raise ValueError("--html is the report of --labelled; give that too")
+    if arguments.html:
+        _check_new_file("--html", arguments.html, ".html")
     for flag, value, least in (("--batch-size", arguments.batch_size, 1), ("--stride", arguments.stride, 0),
                                ("--limit", arguments.limit, 1), ("--num-fewshot", arguments.num_fewshot, 0)):
         if value is not None and value < least:
@@ -259,12 +261,13 @@ def _evaluate(arguments):
         found["generation"] = scores.score_generation(run, generation, arguments.max_new_tokens)
     if arguments.labelled:
         from minigpt import classify, report
+        from minigpt.files import write_durably
 
         labels, probabilities = classify.classify_table(run, arguments.labelled, arguments.batch_size)
         found["labelled"] = report.classification_report(labels, probabilities, classify.classes_of(run))
         title = f"{arguments.path} on {arguments.labelled}"
         if arguments.html:
-            Path(arguments.html).write_text(report.report_html(found["labelled"], title), "utf-8")
+            write_durably(Path(arguments.html), report.report_html(found["labelled"], title).encode())
     if arguments.tasks:
         from minigpt.harness import run_tasks
 
@@ -349,8 +352,10 @@ def _embed(arguments):
 
     if arguments.nearest < 1:
         raise ValueError(f"--nearest {arguments.nearest} is too small; the least is 1")
-    if arguments.out and not arguments.out.endswith(".npy"):
-        raise ValueError(f"--out {arguments.out}: must end in .npy")
+    if arguments.out:
+        _check_new_file("--out", arguments.out, ".npy")
+    if arguments.query is not None and not arguments.query.strip():
+        raise ValueError("--query is empty; give some words")
     run = load(arguments.path, arguments.device)
     texts = [text for text, in _texts(arguments, run.config.data.text_columns[:1])]
     vectors = embed(run, texts, arguments.pooling, arguments.batch_size)
@@ -365,6 +370,14 @@ def _embed(arguments):
     elif not arguments.out:
         for text, vector in zip(texts, vectors.tolist()):
             print(json.dumps({"text": text, "vector": vector}, ensure_ascii=False))
+
+
+def _check_new_file(flag, path, suffix):
+    """Raise ValueError where a file cannot be written, before the work that fills it."""
+    if not path.endswith(suffix):
+        raise ValueError(f"{flag} {path}: must end in {suffix}")
+    if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+        raise ValueError(f"{flag} {path}: there is no such folder, or it is one itself; name a file in one")
 
 
 def _add_texts(parser, of_text):

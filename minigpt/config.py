@@ -77,8 +77,10 @@ class DataConfig(Section):
     def check(self):
         if not self.path:
             raise ValueError('path is empty; name a file or folder of text, or "stdlib"')
-        if not 1 <= len(self.text_columns) <= 2 or self.label_column in self.text_columns:
-            raise ValueError(f"text_columns = {self.text_columns} must be one column or two, other than label_column")
+        columns = [*self.text_columns, self.label_column]
+        if not 2 <= len(set(columns)) == len(columns) <= 3 or not all(columns):
+            raise ValueError(f"text_columns = {self.text_columns} and label_column = {self.label_column!r} must be one "
+                             "column or two of text, and another of labels")
         if self.long_texts == "window" and len(self.text_columns) == 2:
             raise ValueError("long_texts = window is for single texts; of pairs in text_columns take truncate")
 
@@ -132,9 +134,9 @@ class ModelConfig(Section):
     """
     num_classes: int = setting(0, low=0, high=1 << 16)
     """Outputs of a classifier behind the pooler; a run sets it where its objective has classification."""
-    pooling: str = setting("first", choices=("first", "last"))
-    """What the pooler reads: "first", the first token, which sees the whole text (BERT), or "last", the last, and
-    attention is causal (a model that was trained to continue text)."""
+    pooling: str = setting("first", choices=("first", "last", "mean"))
+    """What the pooler reads: "first", the first token, which sees the whole text (BERT), "mean", the mean of all, or
+    "last", the last, and attention is causal (a model that was trained to continue text)."""
     head_transform: bool = setting(False)
     """Before the head a linear layer, GELU and a norm, and a bias behind it (BERT); for a GELU feed-forward."""
     position: str = setting("rotary", choices=("rotary", "learned", "none"))
@@ -493,6 +495,8 @@ def _model_of(start, begun, place):
         found = checkpoint.find(start)
     except (OSError, ValueError) as error:
         raise ValueError(f"{place}train.start_from: {error}") from None
+    if found.config.model.weight_bits:
+        raise ValueError(f"{place}train.start_from: {start} is quantized; start from what it was made of")
     model = dataclasses.asdict(found.config.model)
     return model | {"pooling": "last"} if found.config.objective.is_causal else model
 

@@ -25,7 +25,7 @@ from minigpt.files import expanded, named
 from minigpt.shards import Split
 from minigpt.tokenizer import Tokenizer
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".csv", ".tsv", ".jsonl")
 MOST_CLASSES = 1 << 16
 SURROGATE = re.compile("[\ud800-\udfff]")
 """Half a character, which JSON can write and UTF-8 cannot."""
@@ -103,14 +103,17 @@ def _text(path):
 
 def _records(path) -> Iterator[tuple[int, dict]]:
     """(line, {column: value}) of each row of a file."""
-    if path.suffix not in (*DELIMITERS, ".jsonl"):
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise ValueError(f"{path}: a table is a file that ends in .csv, .tsv or .jsonl; name one")
     text = _text(path)
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         yield from _objects(path, text)
         return
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))        # a cell may be as long as the file
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[path.suffix], strict=True)
+    is_csv = suffix == ".csv"                           # of TSV a quote is a character like others
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="," if is_csv else "\t", strict=True,
+                        quoting=csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE)
     header, line = None, 1
     try:
         for cells in reader:
@@ -158,6 +161,8 @@ def prepare(data: DataConfig, settings: TokenizerConfig, classes: list[str],
                              "data.val_path")
         rows, held_out = ([row for number, row in enumerate(rows) if (number in chosen) == wanted]
                           for wanted in (False, True))
+    if len(classes) == 1:
+        raise ValueError(f"objective.classes = {classes} names one; a classifier tells two apart, or more")
     classes = classes or sorted({row.label for row in rows}, key=_by_number)
     if not 2 <= len(classes) <= MOST_CLASSES:
         raise ValueError(f"{data.path}: {data.label_column} has {len(classes)} labels ({', '.join(classes[:3])}) in "
@@ -165,12 +170,21 @@ def prepare(data: DataConfig, settings: TokenizerConfig, classes: list[str],
     if len(set(classes)) < len(classes):
         raise ValueError(f"objective.classes = {classes} names one twice; keep one of them")
     if tokenizer is None:
-        tokenizer = new_tokenizer(settings, data.path, lambda: (text for row in rows for text in row.texts))
+        tokenizer = new_tokenizer(settings, data.path, lambda: _sample(rows, settings.sample_bytes))
     splits = [split_of(part, classes, tokenizer, f"{data.path} ({name} split)")
               for part, name in ((rows, "train"), (held_out, "val"))]
     content = [[[row.texts, row.label] for row in part] for part in (rows, held_out)]
     digest = hashlib.sha256(json.dumps([content, classes, tokenizer.fingerprint]).encode()).hexdigest()
     return Dataset(digest[:32], data.path, tokenizer, *splits)
+
+
+def _sample(rows, most):
+    """The texts of the first rows, up to so many bytes."""
+    for row in rows:
+        yield from row.texts
+        most -= sum(len(text.encode()) for text in row.texts)
+        if most <= 0:
+            break
 
 
 def _held_out(rows, count):

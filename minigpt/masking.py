@@ -69,11 +69,11 @@ class Masking:
 class Words:
     """words(row (T,)): of each token the number of its word, that of its first character that is no space.
 
-    A token that has none, as a special one, is by itself. A Chinese character is a word.
+    A token that has none is by itself, as is a special one, which parts words. A Chinese character is a word.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.token_bytes = tokenizer.token_bytes
+        self.token_bytes = [token or b"\0" for token in tokenizer.token_bytes]
         self.sizes = np.array([len(token) for token in self.token_bytes])
         self.spaces = np.array([len(token) - len(token.lstrip()) for token in self.token_bytes])    # in front
 

@@ -217,16 +217,31 @@ class QuantizedHead(QuantizedLinear):
 
 
 class Pooler(nn.Module):
-    """tanh(dense(x)) of one vector of each row (BERT): (B, T, C) to (B, C)."""
+    """tanh(dense(x)) of one vector of each row (BERT): (B, T, C) to (B, C), of rows of `lengths` (B,) tokens."""
 
     def __init__(self, config):
         super().__init__()
         self.dense = Linear(config.width, config.width)
-        self.takes_last = config.pooling == "last"
+        self.pool = POOLINGS[config.pooling]
 
     def forward(self, hidden, lengths):
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return self.dense(hidden[rows, lengths - 1 if self.takes_last else 0]).tanh()
+        return self.dense(self.pool(hidden, lengths)).tanh()
+
+
+def first(hidden, lengths):
+    return hidden[:, 0]
+
+
+def last(hidden, lengths):
+    return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+
+
+def mean(hidden, lengths):
+    inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]                     # (B, T)
+    return (hidden * inside[..., None]).sum(1) / lengths[:, None]
+
+
+POOLINGS = {"first": first, "last": last, "mean": mean}
 
 
 class Attention(nn.Module):

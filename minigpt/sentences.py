@@ -21,13 +21,14 @@ LONGEST = 400
 """Characters of a sentence; a longer one is cut at a line's or a word's end."""
 BLOCK_TOKENS = 1 << 20
 """Tokens that are looked at together; a sentence ends where they do."""
+TRIES = 100
 SHORT = 0.1
 """Part of the pairs that are shorter than the context, down to an eighth (BERT, arXiv 1810.04805, appendix A.2)."""
 CLOSERS = "\"'”’»)\\]」』）】》〉"
-FULL_STOPS = re.compile(
-    rf"[。！？｡…]+[{CLOSERS}]*\s*"                       # Chinese and Japanese have no space behind
-    rf"|[.!?]+[{CLOSERS}]*\s+"
-    r"|[^\S\n]*\n[^\S\n]*\n\s*")                         # a blank line
+FULL_STOPS = re.compile(                                # each begins where a run does, so that time is linear
+    rf"[。！？｡…]++[{CLOSERS}]*+\s*+"                     # Chinese and Japanese have no space behind
+    rf"|(?<![.!?])[.!?]++[{CLOSERS}]*+\s++"
+    r"|(?<![^\S\n])[^\S\n]*+\n[^\S\n]*+\n\s*+")           # a blank line
 ABBREVIATION = re.compile(
     r"(?:^|[\s(\"'“‘])(?:[A-Z]|(?:[A-Za-z]\.)+[A-Za-z]|Mr|Mrs|Ms|Dr|Prof|Rev|Gen|Col|Capt|Lt|Sgt|Hon|St|Jr|Sr|Messrs|"
     r"No|Nos|Vol|Ch|Fig|Figs|Eq|Eqs|Sec|pp|ed|eds|vs|cf|etc|al|Inc|Ltd|Co|Corp|approx|viz|Jan|Feb|Mar|Apr|Jun|Jul|Aug|"
@@ -38,16 +39,16 @@ def sentence_starts(text: str) -> list[int]:
     """The characters at which sentences begin; the first begins at 0, and each takes the spaces behind it.
 
     A sentence ends at 。！？, at . ! ? before a space, at a blank line, and at LONGEST characters. A full stop does not
-    end one behind an abbreviation or an initial, nor before a small letter.
+    end one behind an abbreviation or an initial, nor before a small letter in a text that has capitals.
     """
-    starts = [0]
+    starts, has_capitals = [0], text != text.lower()
     for stop in FULL_STOPS.finditer(text):
         place = stop.end()
         if place == len(text) or place == stop.start():
             continue
         if stop[0].lstrip().startswith(".") and "\n\n" not in stop[0]:
             behind_abbreviation = ABBREVIATION.search(text, max(0, stop.start() - 12), place)
-            if behind_abbreviation or text[place].islower():
+            if behind_abbreviation or has_capitals and text[place].islower():
                 continue
         starts += _cuts(text, starts[-1], place)
         starts.append(place)
@@ -83,12 +84,13 @@ def token_starts(tokens: np.ndarray, token_bytes: list[bytes]) -> np.ndarray:
 
 
 class Pairs:
-    """Two stretches of a document, or, half of the time, the second from another document.
+    """Two stretches that meet where a sentence begins, or, half of the time, the second from another document.
 
-    A pair is whole sentences, at least one each, of `length` tokens together or a little less; of what is too long the
-    first loses its beginning and the second its end, so that what stood side by side still does. Pair n is a function
-    of the seed and n: an epoch takes each sentence but the last ones of their documents as a beginning once. Raises
-    ValueError where fewer than two documents have two sentences.
+    Together they have `length` tokens or a little less. Where they meet, and how many tokens each has, is drawn before
+    it is drawn whether the second is another one, which then begins at a sentence too and is as long: neither lengths
+    nor beginnings nor ends tell the label. Pair n is a function of the seed and n: an epoch takes each sentence but the
+    first ones of their documents as the beginning of a second stretch once. Raises ValueError where fewer than two
+    documents have two sentences.
     """
 
     def __init__(self, split: Split, token_bytes: list[bytes], length: int, seed: int):
@@ -96,70 +98,75 @@ class Pairs:
             raise ValueError(f"model.context_length = {length + 3} has no room for two sentences and the three tokens "
                              "around them; make it larger")
         self.split, self.length, self.seed, self._epoch = split, length, seed, None
-        starts, ends, stops = [], [], []                                    # of sentences: tokens, and their document's
-        for begin, end in zip(split.documents, np.append(split.documents[1:], len(split))):     # last sentence's number
-            for block in range(int(begin) + 1, int(end), BLOCK_TOKENS):
-                tokens = split.read(block, min(block + BLOCK_TOKENS, int(end)))
-                starts += (block + token_starts(tokens, token_bytes)).tolist()
-            ends += [*starts[len(ends) + 1:], int(end)][:len(starts) - len(ends)]
-            stops += [len(starts)] * (len(starts) - len(stops))
-        self.starts, self.ends, self.stops = (np.array(numbers, np.int64) for numbers in (starts, ends, stops))
-        self.beginnings = np.flatnonzero(np.arange(len(self.stops)) + 1 < self.stops)
-        if len(np.unique(self.stops[self.beginnings])) < 2:
+        starts, numbers = [], []                        # of sentences but the first ones, and their documents' numbers
+        self.begins = split.documents + 1               # behind <s>
+        self.ends = np.append(split.documents[1:], len(split))
+        for number, (begin, end) in enumerate(zip(self.begins.tolist(), self.ends.tolist())):
+            for block in range(begin, end, BLOCK_TOKENS):
+                tokens = split.read(block, min(block + BLOCK_TOKENS, end))
+                found = block + token_starts(tokens, token_bytes)
+                starts.append(found[found > begin])
+                numbers += [number] * len(starts[-1])
+        self.starts, self.numbers = np.concatenate([*starts, np.empty(0, np.int64)]), np.array(numbers, np.int64)
+        if len(np.unique(self.numbers)) < 2:
             raise ValueError(f"{split.name}: next-sentence prediction needs two documents with two sentences each; "
                              "give a folder of more files (data.path, data.val_path), or leave out next_sentence")
 
     def draw(self, number: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Pair `number` of the training: tokens of the first, of the second, whether the second is a random one."""
-        return self._pair(self._beginning(number), number, True)
+        return self._pair(self._sentence(number), number, True)
 
     def source(self, number: int) -> tuple[str, int]:
-        """The document in which pair `number` begins, by name, and the byte of its file at which it does."""
-        return self.split.source(int(self.starts[self._beginning(number)]))
+        """The document that pair `number` is of, by name, and the byte of its file at which its stretches meet."""
+        return self.split.source(int(self.starts[self._sentence(number)]))
 
     def in_order(self) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-        """Pairs from front to back, in which each sentence stands once, but for random ones and what is cut off."""
-        sentence, number = 0, 0
-        while sentence < len(self.starts):
-            if sentence + 1 < self.stops[sentence]:
-                yield self._pair(sentence, number, False)
-                number += 1
-            sentence = self._end(sentence, self.length)
+        """Pairs from front to back: the next where at least a quarter of one lies behind the one before."""
+        number, document, reached = 0, -1, 0
+        for sentence, (start, its_document) in enumerate(zip(self.starts.tolist(), self.numbers.tolist())):
+            if its_document != document or start >= reached:
+                first, second, is_random = self._pair(sentence, number, False)
+                yield first, second, is_random
+                number, document = number + 1, its_document
+                reached = start + len(second) + self.length // 4
 
-    def _beginning(self, number):
-        epoch, place = divmod(number, len(self.beginnings))
+    def _sentence(self, number):
+        epoch, place = divmod(number, len(self.starts))
         if epoch != self._epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.beginnings)
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts))
             self._epoch = epoch
         return int(self._order[place])
 
-    def _end(self, sentence, length):
-        """The sentence at which a stretch of two or more from this one on ends, in its document."""
-        reached = int(np.searchsorted(self.ends, self.starts[sentence] + length)) + 1
-        return min(max(reached, sentence + 2), int(self.stops[sentence]))
+    def _room(self, sentence):
+        """Tokens from a sentence on to the end of its document."""
+        return int(self.ends[self.numbers[sentence]] - self.starts[sentence])
 
     def _pair(self, sentence, number, training):
         random = np.random.default_rng([self.seed, number, int(training), 1])
-        length = self.length
+        start, length = int(self.starts[sentence]), self.length
         if random.random() < SHORT:
             length = int(random.integers(max(2, length // 8), length + 1))
-        end = self._end(sentence, length)
-        middle = int(random.integers(sentence + 1, end))
-        first = self.starts[sentence], self.ends[middle - 1]
+        wanted = int(random.integers(max(1, length // 4), length - length // 4 + (length < 4)))
+        before = min(wanted, length - 1, start - int(self.begins[self.numbers[sentence]]))
+        after, room = length - before, self._room(sentence)
+        if after >= room:                               # or a second stretch would tell by its end that it is no other
+            after = int(random.integers(1, room + 1))
         is_random = bool(random.random() < 0.5)
-        if is_random:
-            middle = self._elsewhere(sentence, random)
-            end = self._end(middle, max(1, length - (first[1] - first[0])))
-        second = self.starts[middle], self.ends[end - 1]
-        sizes = first[1] - first[0], second[1] - second[0]
-        kept = max(length - sizes[1], min(sizes[0], (length + 1) // 2))     # of the first; half where both are long
-        kept = min(kept, sizes[0])
-        return (self.split.read(first[1] - kept, first[1]),
-                self.split.read(second[0], min(second[1], second[0] + length - kept)), is_random)
+        other = int(self.starts[self._elsewhere(sentence, after, random)]) if is_random else start
+        return self.split.read(start - before, start), self.split.read(other, other + after), is_random
 
-    def _elsewhere(self, sentence, random):
-        """A sentence of another document."""
-        stop = int(self.stops[sentence])
-        start = int(np.searchsorted(self.stops, stop))
-        other = int(random.integers(len(self.starts) - (stop - start)))
-        return other if other < start else other + stop - start
+    def _elsewhere(self, sentence, size, random):
+        """A sentence of another document, with `size` tokens to its end, or, where few have as many, with most."""
+        best = None
+        for _ in range(TRIES):
+            other = int(random.integers(len(self.starts)))
+            if self.numbers[other] == self.numbers[sentence]:
+                continue
+            if self._room(other) >= size:
+                return other
+            if best is None or self._room(other) > self._room(best):
+                best = other
+        if best is None:                                # nearly all sentences are of this one document
+            others = np.flatnonzero(self.numbers != self.numbers[sentence])
+            best = int(others[random.integers(len(others))])
+        return best

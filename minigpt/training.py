@@ -111,6 +111,10 @@ class Trainer:
             raise ValueError(f"train.best_by = {config.train.best_by!r} is nothing that an evaluation gives here: "
                              f"{', '.join(known)}")
 
+        last = self.objective.phases[-1].first
+        if last >= config.train.max_steps:
+            raise ValueError(f"objective.name = {config.objective.name!r}: its last part would begin at step {last}, "
+                             f"and train.max_steps = {config.train.max_steps}; change one of them")
         for task in self.objective.evaluated.tasks:
             next(task.in_order(self.dataset.val, 1))    # which raises where the held-out text cannot serve
 
@@ -301,7 +305,9 @@ class Trainer:
         higher = config.train.best_by in self.objective.evaluated.measured
         best = math.isfinite(number) and (
             state.best is None or (number > state.best if higher else number < state.best))
-        if best:
+        if state.step <= self.objective.phases[-1].first:       # what it is to learn in the end has not begun yet
+            best = False
+        elif best:
             state.best, state.best_step, state.worse_evaluations = number, state.step, 0
         else:
             state.worse_evaluations += 1

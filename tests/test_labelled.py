@@ -34,18 +34,25 @@ def written(path, content):
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-@pytest.mark.parametrize("suffix, delimiter", [("csv", ","), ("tsv", "\t")])
-def test_what_csv_writes_comes_back(tmp_path, suffix, delimiter, line_end, bom):
+def test_what_csv_writes_comes_back(tmp_path, line_end, bom):
     """Quotes, delimiters and line ends within a text, with the line on which its row begins."""
     texts = ["plain", "a, b\tc", 'say "hi"', '"', "two\nlines\n\n", " 天地 ", "x\r\ny", "'"]
     file = io.StringIO(newline="")
-    csv.writer(file, delimiter=delimiter, lineterminator=line_end).writerows(
+    csv.writer(file, lineterminator=line_end).writerows(
         [["label", "number", "text"], *([f"l{i % 2} ", i, text] for i, text in enumerate(texts))])
-    path = written(tmp_path / f"t.{suffix}", bom + file.getvalue())
+    path = written(tmp_path / "t.CSV", bom + file.getvalue())
     rows = read_table(path, ["text"], "label")
     assert [(row.texts, row.label) for row in rows] == [((text,), f"l{i % 2}") for i, text in enumerate(texts)]
     assert [row.place for row in rows] == [f"{path}:{line}" for line in (2, 3, 4, 5, 6, 10, 11, 13)]
     assert read_table(str(path), ["text", "number"], None)[2] == Row((texts[2], "2"), None, f"{path}:4")
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_a_quote_in_tsv_is_a_character(tmp_path, line_end):
+    """Regression: two quotes in two rows made one row of them, with other rows' labels in its text."""
+    lines = ["text\tlabel", '"Great, movie\tpos', "fine\tneg", 'also fine"\tneg', '"whole"\tpos']
+    rows = read_table(written(tmp_path / "t.tsv", line_end.join(lines)), ["text"], "label")
+    assert [(*row.texts, row.label) for row in rows] == [tuple(line.split("\t")) for line in lines[1:]]
 
 
 def test_blank_lines_and_cells_of_any_length(tmp_path):
@@ -131,7 +138,8 @@ def test_given_classes_keep_their_order(tmp_path):
     for classes, val_path, message in (
             ("ac", "", r"t\.csv:3: the label 'b' is unknown; those trained on are a, c"),
             ("", table(tmp_path / "v.csv", "acb"), r"v\.csv:3: the label 'c' is unknown; those trained on are a, b"),
-            ("aba", "", r"objective\.classes = .* names one twice"), ("a", "", "tells 2 to 65536 apart")):
+            ("aba", "", r"objective\.classes = .* names one twice"),
+            ("a", "", "names one; a classifier tells two apart")):
         with pytest.raises(ValueError, match=message):
             prepared(path, classes, val_path=str(val_path))
 

@@ -123,6 +123,9 @@ def test_words_of_a_row_that_begins_within_a_character():
     row = np.array([START, *TOKENIZER.encode("ab"), START, *TOKENIZER.encode("ab"), PAD, PAD])
     units = Words(TOKENIZER)(row)
     assert len(set(units[[0, 3, 6, 7]])) == 4 and units[1] == units[2]
+    row = np.array([START, *TOKENIZER.encode("ab"), END, *TOKENIZER.encode("cd")])
+    units = Words(TOKENIZER)(row)
+    assert units[1] == units[2] != units[4] == units[5], "a special token parts words"
 
 
 @pytest.mark.parametrize("probability", [0.15, 0.4])

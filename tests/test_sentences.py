@@ -25,10 +25,16 @@ def cut(text):
     ["Mr. Smith and J. R. R. Tolkien met Dr. No on Jan. 5th. ", "They spoke, e.g. of Fig. 3 and the U.S. army."],
     ["It costs $3.50 at example.com. ", "Cheap."], ["A heading\n\n", "and its text\n  \n", "and more"],
     ["今天下雨。", "我们没有出门！", "“真的吗？”", "她问。\n", "是的……", "好吧"], ["GPT是模型。", "It is. ", "对。"],
-    ["No stop"], [" leading. ", "Two."], ["x"],
+    ["No stop"], [" leading. ", "Two."], ["x"], ["the king said so. ", "then a queen came."],
 ])
 def test_sentences_of_english_and_chinese(whole):
     assert cut("".join(whole)) == whole
+
+
+@pytest.mark.parametrize("text", [unit * 20_000 for unit in (".", "!", " ", "x.", "\n ", "。」")])
+def test_time_is_linear(text):
+    """Regression: a run of 20,000 dots took 17 seconds."""
+    assert "".join(cut(text)) == text
 
 
 def test_what_has_no_full_stop_is_cut_at_lines():
@@ -90,36 +96,58 @@ def pairs():
 
 
 def test_a_pair_is_neighbours_or_of_two_documents(pairs):
-    random_ones, lengths, n, seen = 0, [], 400, 0
+    """Both stretches are of one document each and meet, the real ones, where a sentence begins."""
+    random_ones, lengths, n = 0, [], 400
     for number in range(n):
         first, second, is_random = pairs.draw(number)
         assert 0 < len(first) and 0 < len(second) and len(first) + len(second) <= 40
         random_ones += is_random
         lengths.append(len(first) + len(second))
-        a, b = told(first), told(second)
-        if not a or not b:                              # of a short pair all sentences may be cut
-            continue
-        seen += 1
-        assert len({letter for letter, _ in a}) == len({letter for letter, _ in b}) == 1
-        for stretch in (a, b):
-            assert [place for _, place in stretch] == list(range(stretch[0][1], stretch[0][1] + len(stretch)))
+        a, b = BYTES.decode(first.tolist()), BYTES.decode(second.tolist())
+        assert a.endswith("."), "it ends where a sentence does"
+        assert sum(a.lstrip("0123456789x. ") in document for document in DOCUMENTS) == 1 or len(a) < 6
         if is_random:
-            assert a[0][0] != b[0][0]
+            letters = [{letter for letter in text if letter in LETTERS} for text in (a, b)]
+            assert not letters[0] & letters[1]
         else:
-            assert b[0] == (a[-1][0], a[-1][1] + 1)
-    assert seen > 0.95 * n
+            assert sum(a + b in document for document in DOCUMENTS) == 1
+        assert b[0] == " "
     assert abs(random_ones - n / 2) < 5 * (n / 4) ** 0.5
     assert np.mean(lengths) > 27 and min(lengths) < 20, "most fill the room, some are short"
 
 
-def test_an_epoch_begins_once_at_each_sentence_but_the_last_ones(pairs):
-    count = len(pairs.beginnings)
+def shapes(found):
+    """What one sees of pairs without reading them."""
+    ends = [(BYTES.decode(a.tolist()), BYTES.decode(b.tolist())) for a, b, _ in found]
+    features = [(len(a), len(b), len(sentence_starts(a)), len(sentence_starts(b)), b[-1] == ".", a[0].isupper())
+                for a, b in ends]
+    return np.array(features, float), np.array([label for *_, label in found])
+
+
+def test_shapes_do_not_tell_the_label():
+    """Regression: a random second stretch had two sentences at least, and others one; counting them gave 66 %."""
+    from sklearn.ensemble import GradientBoostingClassifier
+
+    chance = np.random.default_rng(0)
+    documents = [" ".join("".join(chance.choice(list("abcdef"), chance.integers(3, 30))).capitalize() + "."
+                          for _ in range(chance.integers(3, 40))) for _ in range(60)]
+    dealer = Pairs(split_of(documents), BYTES.token_bytes, 61, seed=0)
+    features, labels = shapes([dealer.draw(number) for number in range(4000)])
+    accuracies = []
+    for columns in ([0, 1], [2, 3], [4], [5], range(6)):
+        fitted = GradientBoostingClassifier(n_estimators=40).fit(features[:2000][:, columns], labels[:2000])
+        accuracies.append(fitted.score(features[2000:][:, columns], labels[2000:]))
+    assert max(accuracies) < 0.5 + 3.5 * 0.5 / 2000 ** 0.5, accuracies
+
+
+def test_an_epoch_begins_once_at_each_sentence_but_the_first_ones(pairs):
+    count = len(pairs.starts)
     assert count == sum(len(document.split()) - 1 for document in DOCUMENTS)
     for epoch in range(2):
         starts = [pairs.source(number) for number in range(epoch * count, (epoch + 1) * count)]
         assert len(set(starts)) == count
-    assert [pairs._beginning(number) for number in range(count)] != [
-        pairs._beginning(number) for number in range(count, 2 * count)]
+    assert [pairs._sentence(number) for number in range(count)] != [
+        pairs._sentence(number) for number in range(count, 2 * count)]
 
 
 def test_a_pair_is_a_function_of_seed_and_number(pairs):
@@ -132,30 +160,22 @@ def test_a_pair_is_a_function_of_seed_and_number(pairs):
     assert drawn(Pairs(pairs.split, BYTES.token_bytes, 40, seed=4), range(20)) != drawn(pairs, range(20))
 
 
-def test_held_out_pairs_have_each_sentence_once_in_order(pairs):
-    firsts, seen = [], []
-    for first, second, is_random in pairs.in_order():
-        firsts += told(first)[:1]
-        seen += told(first) + (told(second) if not is_random else [])
-    assert firsts == sorted(firsts) and len(seen) == len(set(seen))
-    assert len({letter for letter, _ in firsts}) == len(LETTERS)
-    assert [bool(is_random) for *_, is_random in pairs.in_order()].count(True) not in (0, len(firsts))
+def test_held_out_pairs_go_through_every_document_in_order(pairs):
+    found = list(pairs.in_order())
+    firsts = [told(first)[-1:] for first, _, _ in found]
+    firsts = [place for places in firsts for place in places]
+    assert firsts == sorted(firsts) and len(set(firsts)) == len(firsts)
+    assert {letter for letter, _ in firsts} == set(LETTERS)
+    total = sum(map(len, DOCUMENTS))
+    assert 0.5 * total < sum(len(first) + len(second) for first, second, _ in found) < 2 * total
+    assert [is_random for *_, is_random in found].count(True) not in (0, len(found))
 
 
-@pytest.mark.parametrize("sizes", [(3, 50, 40, 3, 37), (50, 3, 40, 37, 3), (50, 50, 40, 20, 20), (9, 9, 40, 9, 9)])
-def test_of_what_is_too_long_the_middle_stays(sizes):
-    """The first of a pair keeps its end and the second its beginning, each half where both are long."""
-    one, two, length, *kept = sizes
-    documents = ["a" * (one - 1) + ". " + "B" * (two - 2) + ".", "Other one. Here it is."]
-    dealer = Pairs(split_of(documents), BYTES.token_bytes, length, seed=0)
-    for number in range(200):
-        first, second, is_random = dealer._pair(0, number, True)
-        if not is_random and len(first) + len(second) == sum(kept):
-            break
-    else:
-        raise AssertionError("no pair of neighbours in 200")
-    assert abs(len(first) - kept[0]) <= 1 and abs(len(second) - kept[1]) <= 1
-    assert BYTES.decode(first.tolist()).strip().endswith(".") and BYTES.decode(second.tolist()).strip().startswith("B")
+def test_where_no_other_document_is_as_long_the_longest_is_taken():
+    dealer = Pairs(split_of(["A b. " * 50, "C d. E f.", "G h. I j."]), BYTES.token_bytes, 60, seed=0)
+    for number in range(100):
+        first, second, is_random = dealer.draw(number)
+        assert len(first) and len(second) and len(first) + len(second) <= 60
 
 
 @pytest.mark.parametrize("documents", [["One. Two. Three."], ["One. Two.", "Only one"], ["One", "Two"]])
@@ -176,4 +196,3 @@ def test_long_documents_are_looked_at_in_blocks(monkeypatch):
     blocks = Pairs(split_of(DOCUMENTS), BYTES.token_bytes, 40, seed=0)
     more = set(blocks.starts) - set(whole.starts)
     assert set(whole.starts) <= set(blocks.starts) and 0 < len(more) <= sum(len(text) // 100 for text in DOCUMENTS)
-    assert (blocks.starts[1:] <= blocks.ends[:-1] + 1).all() and (blocks.ends > blocks.starts).all()

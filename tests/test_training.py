@@ -472,6 +472,20 @@ def test_the_best_can_be_the_highest(tmp_path, folder):
     assert best != min(found, key=lambda step: found[step]["val_loss"]) or best != 40
 
 
+def test_a_part_that_would_never_begin_is_refused(tmp_path, text_file):
+    with pytest.raises(ValueError, match="its last part would begin at step 12, and train.max_steps = 12"):
+        run_lines(tiny_config(tmp_path, text_file, "--objective.name=masked,causal@12"))
+
+
+def test_early_stopping_waits_for_the_last_part(tmp_path, text_file):
+    """Regression: the loss of what was not trained yet did not fall, and the run stopped before it began."""
+    config = tiny_config(tmp_path, text_file, "--objective.name=masked,causal@30", "--train.max_steps=40",
+                         "--train.eval_every=2", "--train.early_stopping=1", "--train.checkpoint_every=100",
+                         "--optim.learning_rate=0.02")
+    run_lines(config)
+    assert metrics_of(config)[-1]["step"] > 30
+
+
 def test_one_document_is_refused_before_training_begins(tmp_path, text_file):
     with pytest.raises(ValueError, match="needs two documents with two sentences each"):
         run_lines(tiny_config(tmp_path, text_file, "--objective.name=masked+next_sentence"))
