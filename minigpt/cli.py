@@ -90,9 +90,11 @@ def sample(argv: list[str] | None = None) -> None:
     parser.add_argument("--invariant", action="store_true", help="the same text whatever else is decoded beside it")
     parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
     docs = field_docs(SamplingParams)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=f"{docs['stop']} May be repeated.")
     for field in dataclasses.fields(SamplingParams):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default,
-                            metavar="N", help=f"{docs[field.name]} (default {field.default})".replace("%", "%%"))
+        if field.name != "stop":
+            parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default,
+                                metavar="N", help=f"{docs[field.name]} (default {field.default})".replace("%", "%%"))
     arguments = parser.parse_args(argv)
     _run(lambda: _sample(arguments), "stopped")
 

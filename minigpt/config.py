@@ -374,16 +374,43 @@ class SamplingParams(Section):
 
     max_new_tokens: int = setting(128, low=1, high=10_000_000)
     """Longest continuation in tokens."""
+    stop: list[str] = setting([])
+    """Texts that end the continuation, which ends before them."""
+    min_new_tokens: int = setting(0, low=0, high=10_000_000)
+    """Tokens before which none may end the text."""
     repetition_penalty: float = setting(1.0, low=1e-3, high=1e6)
     """Divides positive and multiplies negative logits of tokens that already stand in prompt or text; 1 is off."""
+    presence_penalty: float = setting(0.0, low=-100.0, high=100.0)
+    """Is taken from the logits of tokens that were drawn before; 0 is off."""
+    frequency_penalty: float = setting(0.0, low=-100.0, high=100.0)
+    """Is taken from the logits of tokens once for each time that they were drawn before; 0 is off."""
+    no_repeat_ngram: int = setting(0, low=0, high=1000)
+    """No run of so many tokens stands twice in prompt and text; 0 is off."""
     temperature: float = setting(0.8, low=0.0, high=1e6)
     """Divides the logits; 0 always takes the likeliest token."""
     top_k: int = setting(0, low=0)
     """Sample from the k likeliest tokens (all that tie with the last of them); 0 is off."""
     top_p: float = setting(0.95, low=0.0, high=1.0)
     """Nucleus: sample from the fewest tokens whose probabilities reach top_p; 1 is off."""
+    min_p: float = setting(0.0, low=0.0, high=1.0)
+    """Leaves out tokens whose probability is below min_p times that of the likeliest; 0 is off."""
+    typical_p: float = setting(1.0, low=0.0, high=1.0)
+    """Sample from the tokens nearest to the average surprise whose probabilities reach typical_p; 1 is off."""
     seed: int = setting(0, low=0)
     """Seed of the draws; row i of several samples draws from (seed, i)."""
+
+    def check(self):
+        if not all(self.stop):
+            raise ValueError("stop has an empty text, which stands everywhere; leave it out")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}; "
+                             "change one of them")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a draw depends on the tokens before it otherwise than by the model."""
+        return (self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+                or self.no_repeat_ngram > 0)
 
     @property
     def is_greedy(self) -> bool:

@@ -57,8 +57,10 @@ class Request:
         """Its slot holds `stored` tokens from tokens[first] on."""
         self.reusable = 0
         """How many of these another request may take over."""
-        self.drawn_like = params.temperature, params.top_k, params.top_p, params.repetition_penalty == 1 or self
+        self.drawn_like = self if params.needs_text or params.min_new_tokens else (
+            params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p)
         """Requests of which this is equal are drawn together."""
+        self.text = StopText(params.stop) if params.stop else None
 
     @property
     def drawn(self) -> list[int]:
@@ -119,7 +121,7 @@ class Engine:
         self.cache = KVCache(config, self.rows[-1], places, self.device, dtype)
         self.num_ids = len(tokenizer.never_sampled)
         self.never = torch.from_numpy(np.flatnonzero(tokenizer.never_sampled)).to(self.device)
-        self.ends = frozenset(tokenizer.roles.end_tokens)
+        self.ends, self.token_bytes = frozenset(tokenizer.roles.end_tokens), tokenizer.token_bytes
         self._steps = {}
         self.queue, self.active = deque(), {}
         """Requests that wait, and {slot: request} of those that do not."""
@@ -315,8 +317,8 @@ class Engine:
 
     def _draw_guess(self, request, logits, tokens):
         """A draft's token, and the probabilities (1, V) it was drawn with, as the request's own are drawn."""
-        logits = logits[:, :self.num_ids].index_fill_(1, self.never, -torch.inf)
-        logits = sampling.process(logits, self._seen(tokens, request.params), request.params)
+        logits = self._allowed(request, tokens, logits[:, :self.num_ids].index_fill_(1, self.never, -torch.inf))
+        logits = sampling.process(logits, self._seen(tokens, request.params), request.params, request.num_prompt)
         top, likeliest = logits.max(-1)
         sampling.check_finite(top, "draft")
         if request.params.is_greedy:
@@ -337,13 +339,22 @@ class Engine:
 
     def _seen(self, tokens, params):
         """The tokens (1, N) of a text where its draws depend on them."""
-        return torch.tensor([tokens], device=self.device) if params.repetition_penalty != 1 else None
+        return torch.tensor([tokens], device=self.device) if params.needs_text else None
+
+    def _allowed(self, request, tokens, logits):
+        """Logits (1, V) without those of the ends of a text, where this one may not end yet."""
+        if len(tokens) - request.num_prompt >= request.params.min_new_tokens:
+            return logits
+        return logits.index_fill(1, torch.tensor(sorted(self.ends), device=self.device), -torch.inf)
 
     def _draw_alike(self, requests, logits, guess):
         first = requests[0]
         tokens = self._seen(first.tokens, first.params)
+        if first.params.min_new_tokens:
+            logits = self._allowed(first, first.tokens, logits)
         try:
-            drawn = sampling.sample(logits, tokens, first.params, [request.generator for request in requests], guess)
+            drawn = sampling.sample(logits, tokens, first.params, [request.generator for request in requests], guess,
+                                    first.num_prompt)
         except ValueError as error:
             if len(requests) > 1:                       # of some rows; the others go on
                 for row, request in enumerate(requests):
@@ -355,6 +366,31 @@ class Engine:
             request.tokens.append(token)
             enough = len(request.tokens) - request.num_prompt >= request.params.max_new_tokens
             request.is_done = enough or token in self.ends
+            if request.text is not None:
+                request.text.add(self.token_bytes[token])
+                request.is_done |= request.text.end is not None
+
+
+class StopText:
+    """The bytes of a text as it is drawn, up to the first of some stop strings to be complete.
+
+    `end` is where that one begins, None as long as there is none; `sure` bytes are no beginning of one.
+    """
+
+    def __init__(self, stops: list[str]):
+        self.stops, self.content, self.end, self.sure = [stop.encode() for stop in stops], b"", None, 0
+
+    def add(self, piece: bytes) -> None:
+        longest, seen = max(map(len, self.stops)), len(self.content)
+        self.content += piece
+        found = [(place + len(stop), place) for stop in self.stops
+                 if (place := self.content.find(stop, max(0, seen - longest + 1))) >= 0]
+        if found:
+            self.end = self.sure = min(found)[1]
+            return
+        held = max((size for stop in self.stops for size in range(1, len(stop)) if self.content.endswith(stop[:size])),
+                   default=0)
+        self.sure = len(self.content) - held
 
 
 def _mixed(*numbers):
@@ -413,7 +449,7 @@ class Run:
 
     def _pieces(self, request):
         """Text of a request as it is drawn; other requests go on meanwhile."""
-        decoder, place = codecs.getincrementaldecoder("utf-8")(errors="replace"), request.num_prompt
+        decoder, place, given = codecs.getincrementaldecoder("utf-8")(errors="replace"), request.num_prompt, 0
         while True:
             while place == len(request.tokens) and not request.is_done:
                 self.engine.step()
@@ -421,9 +457,15 @@ class Run:
                 raise request.error
             if place == len(request.tokens) or self.tokenizer.is_special[request.tokens[place]]:
                 break
-            if piece := decoder.decode(self.tokenizer.token_bytes[request.tokens[place]]):
-                yield piece
+            content = self.tokenizer.token_bytes[request.tokens[place]]
             place += 1
+            if request.text is not None:                # what may become a stop string is held back
+                content, given = request.text.content[given:request.text.sure], request.text.sure
+            if piece := decoder.decode(content):
+                yield piece
+        if request.text is not None and request.text.end is None and (
+                piece := decoder.decode(request.text.content[given:])):
+            yield piece
         if piece := decoder.decode(b"", final=True):
             yield piece
 

@@ -1,6 +1,7 @@
 """Logits to the next token: pure functions on float32 logits (B, V), each giving new logits (B, V).
 
-Order: repetition penalty, temperature, top-k, top-p, as in Hugging Face's `generate`.
+Order: repetition penalty, presence and frequency penalties, no repeated n-grams, temperature, top-k, top-p, min-p,
+typical, as in Hugging Face's `generate`, which lacks the second.
 """
 
 from __future__ import annotations
@@ -19,6 +20,25 @@ def repetition_penalty(logits: torch.Tensor, tokens: torch.Tensor, penalty: floa
     """Divide positive and multiply negative logits of the ids in `tokens` (B, N) by `penalty` (arXiv 1909.05858)."""
     seen = logits.gather(1, tokens)
     return logits.scatter(1, tokens, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def presence_and_frequency_penalty(logits: torch.Tensor, drawn: torch.Tensor, presence: float,
+                                   frequency: float) -> torch.Tensor:
+    """logits_j - frequency · c_j - presence · [c_j > 0], c_j the times that j stands in `drawn` (B, N) (OpenAI's API).
+    """
+    counts = torch.zeros_like(logits).scatter_add(1, drawn, torch.ones_like(drawn, dtype=logits.dtype))
+    return logits - frequency * counts - presence * (counts > 0)
+
+
+def no_repeat_ngram(logits: torch.Tensor, tokens: torch.Tensor, n: int) -> torch.Tensor:
+    """-inf for each id that would make the last n tokens of a row stand a second time in `tokens` (B, N)."""
+    if tokens.shape[1] < n:
+        return logits
+    runs = tokens.unfold(1, n, 1)                                                       # (B, N - n + 1, n)
+    before = tokens[:, tokens.shape[1] - n + 1:]                                        # (B, n - 1)
+    repeated = (runs[..., :-1] == before[:, None]).all(-1)
+    banned = torch.zeros_like(logits, dtype=torch.int32).scatter_add(1, runs[..., -1], repeated.int()) > 0
+    return logits.masked_fill(banned, -torch.inf)
 
 
 def temperature(logits: torch.Tensor, value: float) -> torch.Tensor:
@@ -52,10 +72,34 @@ def top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
 
 
-def process(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams) -> torch.Tensor:
-    """All of the above in order; `tokens` (B, N) are prompt and text so far. Greedy ends after the penalty."""
+def min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Keep the tokens at least p times as likely as the likeliest (arXiv 2407.01082); the others become -inf."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
+
+
+def typical(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Keep the tokens whose -log p is nearest to its mean, the fewest that sum to at least p, and all that tie with
+    the last of them (arXiv 2202.00666); the others become -inf."""
+    surprise = -logits.log_softmax(-1)
+    mean = (surprise * (-surprise).exp()).nansum(-1, keepdim=True)                      # 0 · inf counts as 0
+    distance = (surprise - mean).abs()
+    ascending, order = distance.sort(-1)
+    reached = logits.gather(1, order).softmax(-1).cumsum(-1)
+    last = (reached < p).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return logits.masked_fill(distance > ascending.gather(1, last), -torch.inf)
+
+
+def process(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams,
+            num_prompt: int = 0) -> torch.Tensor:
+    """All of the above in order; `tokens` (B, N) are prompt and text so far. Greedy ends before the temperature."""
     if params.repetition_penalty != 1:
         logits = repetition_penalty(logits, tokens, params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        logits = presence_and_frequency_penalty(logits, tokens[:, num_prompt:], params.presence_penalty,
+                                                params.frequency_penalty)
+    if params.no_repeat_ngram:
+        logits = no_repeat_ngram(logits, tokens, params.no_repeat_ngram)
     if params.is_greedy:
         return logits
     if params.temperature != 1:
@@ -64,18 +108,24 @@ def process(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingP
         logits = top_k(logits, params.top_k)
     if params.top_p < 1:
         logits = top_p(logits, params.top_p)
+    if params.min_p:
+        logits = min_p(logits, params.min_p)
+    if params.typical_p < 1:
+        logits = typical(logits, params.typical_p)
     return logits
 
 
 def sample(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams,
-           generators: list[torch.Generator], guess: tuple[int, torch.Tensor | None] | None = None) -> torch.Tensor:
+           generators: list[torch.Generator], guess: tuple[int, torch.Tensor | None] | None = None,
+           num_prompt: int = 0) -> torch.Tensor:
     """The next token of each row, (B,) int64; row i draws from generators[i]. Raises ValueError for NaN or inf.
 
-    `tokens` may be None without a repetition penalty. With a `guess`, of a single row, (token, the probabilities q
-    (1, V) that it was drawn with, None where it was sure), that token is taken with probability min(1, p / q), else
-    one that is drawn from max(0, p - q): the distribution is p in any case (speculative sampling, arXiv 2211.17192).
+    `tokens` may be None unless `params.needs_text`; `num_prompt` of them are the prompt. With a `guess`, of a single
+    row, (token, the probabilities q (1, V) that it was drawn with, None where it was sure), that token is taken with
+    probability min(1, p / q), else one that is drawn from max(0, p - q): the distribution is p in any case (speculative
+    sampling, arXiv 2211.17192).
     """
-    logits = process(logits, tokens, params)
+    logits = process(logits, tokens, params, num_prompt)
     top, likeliest = logits.max(-1) if params.is_greedy else (logits.amax(-1), None)
     check_finite(top, "model")
     if params.is_greedy:

@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from minigpt import sampling
@@ -95,6 +98,44 @@ def test_top_p_keeps_the_fewest_that_reach_p():
         assert sampling.top_p(logits, p).isfinite().sum() == kept, p
 
 
+@given(seeds, st.floats(0.0, 1.0), st.booleans())
+def test_min_p(seed, p, ties):
+    made, before = check(lambda tokens, logits: sampling.min_p(logits, p), MinPLogitsWarper(p), seed, ties)
+    probabilities = before.softmax(-1)
+    assert torch.equal(made.isfinite(), (probabilities >= p * probabilities.amax(-1, keepdim=True)) & before.isfinite())
+
+
+@given(seeds, st.floats(0.01, 0.99), st.booleans())
+def test_typical(seed, p, ties):
+    made, before = check(lambda tokens, logits: sampling.typical(logits, p), TypicalLogitsWarper(p), seed, ties)
+    kept = made.isfinite()
+    assert ((before.softmax(-1) * kept).sum(-1) >= p - 1e-5).all() and kept.any(-1).all()
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 12))
+def test_no_repeat_ngram(seed, n, length):
+    """Also against the words of its definition: with such an id the last n tokens would stand twice."""
+    logits, _ = random_case(seed, V=4)
+    tokens = torch.randint(0, 4, (3, length), generator=torch.Generator().manual_seed(seed))
+    made = sampling.no_repeat_ngram(logits, tokens, n)
+    assert torch.equal(made, NoRepeatNGramLogitsProcessor(n)(tokens, logits.clone()))
+    for row, text in enumerate(tokens.tolist()):
+        runs = [text[start:start + n] for start in range(length - n + 1)]
+        for id in range(1, 4):
+            assert made[row, id].isinf() == ((text + [id])[length + 1 - n:] in runs and length >= n)
+
+
+@given(seeds, st.floats(-2, 2), st.floats(-2, 2))
+def test_presence_and_frequency_penalties_are_openais(seed, presence, frequency):
+    """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, c[j] counted among what was drawn."""
+    logits, tokens = random_case(seed)
+    made = sampling.presence_and_frequency_penalty(logits, tokens, presence, frequency)
+    for row, text in enumerate(tokens.tolist()):
+        for id in range(logits.shape[1]):
+            wanted = logits[row, id] - text.count(id) * frequency - float(id in text) * presence
+            assert made[row, id] == pytest.approx(wanted.item(), abs=1e-4)
+
+
 @given(seeds, st.sampled_from([1.0, 0.7, 1.3]), st.sampled_from([1.0, 0.2, 3.0]), st.sampled_from([0, 1, 5, 100]),
        st.sampled_from([1.0, 0.0, 0.5, 0.95]))
 def test_all_in_order(seed, penalty, temperature, top_k, top_p):
@@ -118,10 +159,11 @@ def test_the_order_is_that_of_generate():
     from twins import gpt2_twins
 
     model, _ = gpt2_twins()
-    config = GenerationConfig(do_sample=True, repetition_penalty=1.5, temperature=0.7, top_k=9, top_p=0.8)
+    settings = dict(repetition_penalty=1.5, temperature=0.7, top_k=9, top_p=0.8, min_p=0.05, typical_p=0.7)
+    config = GenerationConfig(do_sample=True, no_repeat_ngram_size=2, **settings)
     theirs = model._get_logits_processor(config, input_ids_seq_length=9, device="cpu")
-    assert len(theirs) == 4
-    params = SamplingParams(repetition_penalty=1.5, temperature=0.7, top_k=9, top_p=0.8)
+    assert len(theirs) == 7
+    params = SamplingParams(no_repeat_ngram=2, **settings)
     for seed in range(20):
         check(lambda tokens, logits: sampling.process(logits, tokens, params), theirs, seed, False)
 
