@@ -91,12 +91,20 @@ def sample(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
     docs = field_docs(SamplingParams)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=f"{docs['stop']} May be repeated.")
+    parser.add_argument("--logit-bias", type=_biases, default={}, metavar="ID:BIAS,...", help=docs["logit_bias"])
     for field in dataclasses.fields(SamplingParams):
-        if field.name != "stop":
+        if field.name not in ("stop", "logit_bias"):
             parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default,
                                 metavar="N", help=f"{docs[field.name]} (default {field.default})".replace("%", "%%"))
     arguments = parser.parse_args(argv)
     _run(lambda: _sample(arguments), "stopped")
+
+
+def _biases(text):
+    try:
+        return {int(id): float(bias) for id, bias in (part.split(":") for part in text.split(",") if part)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not written ID:BIAS,ID:BIAS") from None
 
 
 def _sample(arguments):
@@ -105,6 +113,8 @@ def _sample(arguments):
     if arguments.fill is not None:
         _fill(arguments)
         return
+    if arguments.log_probabilities and not arguments.json:
+        raise ValueError("--log-probabilities are shown with --json; give that too")
     if arguments.stream and (arguments.json or arguments.num_samples > 1):
         raise ValueError("--stream prints one sample as text; leave out --json and --num-samples")
     params = SamplingParams(**{field.name: getattr(arguments, field.name)
@@ -121,9 +131,11 @@ def _sample(arguments):
             print(piece, end="", flush=True)
         print()
         return
-    for number, text in enumerate(run.samples(prompt, params, arguments.num_samples)):
+    for number, sample in enumerate(run.samples(prompt, params, arguments.num_samples)):
+        text = sample.text
         if arguments.json:
-            print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False))
+            row = {"prompt": prompt, "text": text, "reason": sample.reason}
+            print(json.dumps(row | ({"tokens": sample.tokens} if sample.tokens else {}), ensure_ascii=False))
         else:
             header = f"--- sample {number + 1} ---\n" if arguments.num_samples > 1 else ""
             print(f"{header}{prompt or ''}{text}")

@@ -30,8 +30,8 @@ MOST = 1 << 62
 def setting(default, *, low=None, high=None, choices=None):
     """A dataclass field with its default and, checked on construction, its inclusive range or its choices."""
     metadata = {"low": low, "high": high, "choices": choices}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -378,6 +378,8 @@ class SamplingParams(Section):
     """Texts that end the continuation, which ends before them."""
     min_new_tokens: int = setting(0, low=0, high=10_000_000)
     """Tokens before which none may end the text."""
+    logit_bias: dict[int, float] = setting({}, low=-1e6, high=1e6)
+    """{token id: what is added to its logit}; -1000000 keeps a token out, 1000000 lets none but it in."""
     repetition_penalty: float = setting(1.0, low=1e-3, high=1e6)
     """Divides positive and multiplies negative logits of tokens that already stand in prompt or text; 1 is off."""
     presence_penalty: float = setting(0.0, low=-100.0, high=100.0)
@@ -398,6 +400,9 @@ class SamplingParams(Section):
     """Sample from the tokens nearest to the average surprise whose probabilities reach typical_p; 1 is off."""
     seed: int = setting(0, low=0)
     """Seed of the draws; row i of several samples draws from (seed, i)."""
+    log_probabilities: int = setting(0, low=0, high=1000)
+    """Tell of each token drawn its log-probability, by the model alone, and those of so many likeliest ones; 0 is off.
+    """
 
     def check(self):
         if not all(self.stop):
@@ -443,6 +448,10 @@ def check_value(key, value, hint, metadata):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{key} takes a list of strings, not {value!r}")
         return value
+    if hint == dict[int, float]:
+        if not isinstance(value, dict) or not all(type(number) is int and 0 <= number < MOST for number in value):
+            raise ValueError(f"{key} takes an object of numbers by token id, not {value!r}")
+        return {number: check_value(f"{key}[{number}]", each, float, metadata) for number, each in value.items()}
     if type(value) is int and abs(value) > MOST:        # perhaps of more digits than Python writes
         raise ValueError(f"{key} is a whole number beyond {MOST}; write a smaller one")
     if isinstance(value, str) and "\0" in value:

@@ -12,8 +12,10 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -57,10 +59,13 @@ class Request:
         """Its slot holds `stored` tokens from tokens[first] on."""
         self.reusable = 0
         """How many of these another request may take over."""
-        self.drawn_like = self if params.needs_text or params.min_new_tokens else (
+        alone = params.needs_text or params.min_new_tokens or params.logit_bias
+        self.drawn_like = self if alone else (
             params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p)
         """Requests of which this is equal are drawn together."""
         self.text = StopText(params.stop) if params.stop else None
+        self.log_probabilities = []
+        """Where they are asked for, of each token drawn: its own, and {id: log-probability} of the likeliest."""
 
     @property
     def drawn(self) -> list[int]:
@@ -137,6 +142,8 @@ class Engine:
             if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
                 raise ValueError(f"the prompt's {token!r} is no token; ids are whole numbers from 0 to "
                                  f"{vocab_size - 1}")
+        if params.logit_bias and max(params.logit_bias) >= self.num_ids:
+            raise ValueError(f"logit_bias: {max(params.logit_bias)} is no token; ids are 0 to {self.num_ids - 1}")
         request = Request(prompt, params, torch.Generator(self.device).manual_seed(_mixed(params.seed, row)))
         self.queue.append(request)
         return request
@@ -350,10 +357,9 @@ class Engine:
     def _draw_alike(self, requests, logits, guess):
         first = requests[0]
         tokens = self._seen(first.tokens, first.params)
-        if first.params.min_new_tokens:
-            logits = self._allowed(first, first.tokens, logits)
         try:
-            drawn = sampling.sample(logits, tokens, first.params, [request.generator for request in requests], guess,
+            allowed = self._allowed(first, first.tokens, logits)
+            drawn = sampling.sample(allowed, tokens, first.params, [request.generator for request in requests], guess,
                                     first.num_prompt)
         except ValueError as error:
             if len(requests) > 1:                       # of some rows; the others go on
@@ -362,7 +368,13 @@ class Engine:
                 return
             first.error, first.is_done, first.reusable = error, True, 0             # NaN would spread from its slot
             return
-        for request, token in zip(requests, drawn.tolist()):
+        for row, (request, token) in enumerate(zip(requests, drawn.tolist())):
+            if number := request.params.log_probabilities:
+                of_all = logits[row].log_softmax(-1)
+                best = of_all.topk(min(number, len(of_all)))
+                likeliest = {id: value for id, value in zip(best.indices.tolist(), best.values.tolist())
+                             if value > -math.inf}
+                request.log_probabilities.append((of_all[token].item(), likeliest))
             request.tokens.append(token)
             enough = len(request.tokens) - request.num_prompt >= request.params.max_new_tokens
             request.is_done = enough or token in self.ends
@@ -398,6 +410,17 @@ def _mixed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
+@dataclass(frozen=True)
+class Completion:
+    """A continuation, and how it came about."""
+
+    text: str
+    reason: str
+    """Why it ends: "stop" (a stop string), "end" (a token that ends a text) or "length" (max_new_tokens)."""
+    tokens: list[dict]
+    """Where `log_probabilities` are asked for: of each token its text, its log-probability and the likeliest ones."""
+
+
 class Run:
     """A checkpoint, opened: `model`, `tokenizer` (None where it was imported without), `config`, and text from them."""
 
@@ -421,10 +444,22 @@ class Run:
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
         return self._texts([self.engine.submit(ids, params, row) for row, ids in enumerate(encoded)])
 
-    def samples(self, prompt: str | None, params: SamplingParams, number: int) -> list[str]:
+    def samples(self, prompt: str | None, params: SamplingParams, number: int) -> list[Completion]:
         """`number` continuations of one prompt, decoded as one batch; sample i draws from (seed, i)."""
         ids = self.encode_prompt(prompt)
-        return self._texts([self.engine.submit(ids, params, row) for row in range(number)])
+        requests = [self.engine.submit(ids, params, row) for row in range(number)]
+        return [self._completion(*both) for both in zip(self._texts(requests), requests)]
+
+    def _completion(self, text, request):
+        def word(token):
+            return self.tokenizer.token_bytes[token].decode("utf-8", errors="replace")
+
+        tokens = [{"token": word(id), "log_probability": value, "likeliest": [
+            {"token": word(other), "log_probability": its} for other, its in likeliest.items()]}
+            for id, (value, likeliest) in zip(request.drawn, request.log_probabilities)]
+        stopped = request.text is not None and request.text.end is not None
+        ended = request.drawn and request.drawn[-1] in self.engine.ends
+        return Completion(text, "stop" if stopped else "end" if ended else "length", tokens)
 
     def _texts(self, requests):
         try:

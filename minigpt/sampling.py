@@ -1,7 +1,7 @@
 """Logits to the next token: pure functions on float32 logits (B, V), each giving new logits (B, V).
 
-Order: repetition penalty, presence and frequency penalties, no repeated n-grams, temperature, top-k, top-p, min-p,
-typical, as in Hugging Face's `generate`, which lacks the second.
+Order: logit bias, repetition penalty, presence and frequency penalties, no repeated n-grams, temperature, top-k, top-p,
+min-p, typical. It is that of Hugging Face's `generate`, which lacks the presence and frequency penalties.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ from minigpt.config import SamplingParams
 
 CANDIDATES = 512
 """A nucleus is looked for among so many tokens first: to sort a large vocabulary takes longer than a small model."""
+
+
+def logit_bias(logits: torch.Tensor, bias: dict[int, float]) -> torch.Tensor:
+    """logits_j + bias_j for the ids of `bias`."""
+    ids = torch.tensor(list(bias), device=logits.device)
+    values = torch.tensor(list(bias.values()), dtype=logits.dtype, device=logits.device)
+    return logits.index_add(1, ids, values.expand(len(logits), -1))
 
 
 def repetition_penalty(logits: torch.Tensor, tokens: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -93,6 +100,8 @@ def typical(logits: torch.Tensor, p: float) -> torch.Tensor:
 def process(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams,
             num_prompt: int = 0) -> torch.Tensor:
     """All of the above in order; `tokens` (B, N) are prompt and text so far. Greedy ends before the temperature."""
+    if params.logit_bias:
+        logits = logit_bias(logits, params.logit_bias)
     if params.repetition_penalty != 1:
         logits = repetition_penalty(logits, tokens, params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:

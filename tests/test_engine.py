@@ -128,7 +128,7 @@ def test_text_is_a_function_of_the_seed():
 @pytest.mark.parametrize("prompt", [None, "To be", "or not to be, that is the question"])
 def test_samples_equal_streams_row_by_row(settings, prompt):
     run = run_of(model_of(**settings))
-    samples = run.samples(prompt, RANDOM, 4)
+    samples = [sample.text for sample in run.samples(prompt, RANDOM, 4)]
     streams = ["".join(run.stream(prompt, RANDOM, row)) for row in range(4)]
     assert samples == streams
     assert len(set(samples)) == 4
@@ -164,7 +164,8 @@ def test_pieces_are_whole_characters(monkeypatch, data, pieces):
     monkeypatch.setattr(sampling, "sample", lambda *_: torch.tensor([next(drawn)]))
     params = SamplingParams(max_new_tokens=len(data))
     assert list(run.stream("x", params)) == pieces
-    assert run.samples("x", params, 1) == ["".join(pieces)] == [data.decode(errors="replace")]
+    whole, = run.samples("x", params, 1)
+    assert whole.text == "".join(pieces) == data.decode(errors="replace")
 
 
 def test_pieces_of_a_random_model_join_to_its_text():
@@ -191,7 +192,7 @@ def test_rows_of_the_model_without_a_token_are_never_drawn():
     """Regression: a model.vocab_size above the tokenizer's ended in an IndexError when such an id was drawn."""
     run = run_of(constant_model({V: 9.0, V + 3: 9.0, token("a"): 1.0}, vocab_size=V + 4))
     assert run.generate("x", GREEDY) == "a" * 15
-    assert run.samples("x", GREEDY, 2) == ["a" * 15] * 2
+    assert [sample.text for sample in run.samples("x", GREEDY, 2)] == ["a" * 15] * 2
 
 
 @pytest.mark.parametrize("end", [START, END])
@@ -199,7 +200,7 @@ def test_an_end_token_ends_the_text(end):
     """Each row on its own: with a chance of a half a token, texts are of many lengths, 1 on average."""
     run = run_of(constant_model({end: 5.0, token("a"): 5.0}))
     params = SamplingParams(temperature=1.0, top_p=0.99, max_new_tokens=50)
-    texts = run.samples("x", params, 200)
+    texts = [sample.text for sample in run.samples("x", params, 200)]
     assert texts[:20] == ["".join(run.stream("x", params, row)) for row in range(20)]
     assert {text.strip("a") for text in texts} == {""}
     assert 0.5 < sum(map(len, texts)) / 200 < 1.5 and len(set(texts)) > 4

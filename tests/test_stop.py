@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from decoding import END, START, TOKENIZER, constant_model, finished, ids, model_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -125,3 +126,50 @@ def test_penalties_count_what_is_drawn_with_guesses_too(guesser):
 def test_what_cannot_be_asked_for(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**settings)
+
+
+def test_log_probabilities_are_the_models_own():
+    """Whatever the temperature and the penalties, those of a full forward at each place."""
+    model = model_of(5, context_length=64)
+    run = run_of(model)
+    params = SamplingParams(temperature=0.7, top_k=3, repetition_penalty=1.5, max_new_tokens=12, log_probabilities=4)
+    sample, = run.samples("a b", params, 1)
+    prompt = run.encode_prompt("a b")
+    request = run.engine.submit(prompt, params)
+    drawn = finished(run.engine, request)[0]
+    never = [id for id in range(5) if id not in (START, END)]
+    logits = model(torch.tensor([prompt + drawn]))[0, len(prompt) - 1:-1].index_fill(1, torch.tensor(never), -torch.inf)
+    wanted = logits.log_softmax(-1)
+    assert len(sample.tokens) == len(drawn) == len(request.log_probabilities) and sample.reason == "length"
+    for row, (id, (value, likeliest)) in enumerate(zip(drawn, request.log_probabilities)):
+        assert value == pytest.approx(wanted[row, id].item(), abs=1e-4)
+        assert list(likeliest) == wanted[row].topk(4).indices.tolist()
+        assert list(likeliest.values()) == pytest.approx(wanted[row].topk(4).values.tolist(), abs=1e-4)
+    assert [token["log_probability"] for token in sample.tokens] == pytest.approx(
+        [value for value, _ in request.log_probabilities], abs=1e-4)
+
+
+def test_why_a_text_ends():
+    run = run_of(constant_model({START: 3.0, **dict.fromkeys(TOKENIZER.encode("ab"), 5.0)}))
+    params = [SamplingParams(temperature=1.0, max_new_tokens=20, seed=seed, stop=["bbb"]) for seed in range(40)]
+    reasons = {run.samples("x", each, 1)[0].reason for each in params}
+    assert reasons == {"stop", "end", "length"}
+
+
+def test_a_bias_forces_and_bans_tokens():
+    model = model_of(1)
+    a, b = TOKENIZER.encode("ab")
+
+    def drawn(bias):
+        return ids(model, [START, 70], SamplingParams(temperature=1.0, max_new_tokens=9, seed=1, logit_bias=bias))
+
+    assert drawn({a: 1e6}) == [a] * 9
+    plain = drawn({b: 0.0})
+    assert plain == ids(model, [START, 70], SamplingParams(temperature=1.0, max_new_tokens=9, seed=1))
+    banned = drawn(dict.fromkeys(plain, -1e6))
+    assert not set(banned) & set(plain) and banned
+    with pytest.raises(ValueError, match="logit_bias: 999 is no token; ids are 0 to 260"):
+        drawn({999: 1.0})
+    for bias in ({"a": 1.0}, {-1: 1.0}, [1]):
+        with pytest.raises(ValueError, match="logit_bias takes an object of numbers by token id"):
+            SamplingParams(logit_bias=bias)
