@@ -407,9 +407,6 @@ class SamplingParams(Section):
     def check(self):
         if not all(self.stop):
             raise ValueError("stop has an empty text, which stands everywhere; leave it out")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens = {self.min_new_tokens} is above max_new_tokens = {self.max_new_tokens}; "
-                             "change one of them")
 
     @property
     def needs_text(self) -> bool:

@@ -117,7 +117,6 @@ def test_penalties_count_what_is_drawn_with_guesses_too(guesser):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(stop=["a", ""]), "stop has an empty text"), (dict(stop="a"), "stop takes a list of strings, not 'a'"),
-    (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens = 9 is above max_new_tokens = 8"),
     (dict(min_p=1.5), "min_p = 1.5 is too large; the most is 1"),
     (dict(typical_p=-1.0), "typical_p = -1.0 is too small"),
     (dict(no_repeat_ngram=-1), "no_repeat_ngram = -1 is too small; the least is 0"),
