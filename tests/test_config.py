@@ -241,13 +241,17 @@ def test_ranges_are_inclusive_and_checked_for_every_field():
         for field in dataclasses.fields(factory):
             low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
             beyond = 1 if field.type == "int" else 1e-9
+
+            def given(value, field=field):
+                return {field.name: {5: value} if field.type.startswith("dict") else value}
+
             if low is not None:
                 if field.name not in ("width", "rope_high_turns"):      # whose least contradicts another's default
-                    factory(**{field.name: low})
-                assert "is too small" in fault(factory, **{field.name: low - beyond})
+                    factory(**given(low))
+                assert "is too small" in fault(factory, **given(low - beyond))
             if high is not None:
-                factory(**{field.name: high})
-                assert "is too large" in fault(factory, **{field.name: high + beyond})
+                factory(**given(high))
+                assert "is too large" in fault(factory, **given(high + beyond))
             for choice in choices or ():
                 factory(**{field.name: choice})
 
