@@ -167,3 +167,20 @@ def test_a_reader_that_goes_away_is_no_error(run):
     child.stdout.close()
     assert child.stderr.read() == ""
     child.wait(timeout=60)
+
+
+def test_a_sample_tells_how_it_ended(run, capsys):
+    cli.sample([str(run), "--max-new-tokens=30", "--temperature=1", "--seed=1", "--json", "--log-probabilities=2"])
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["reason"] in ("length", "end") and len(plain["tokens"]) > 5
+    assert all(len(token["likeliest"]) == 2 and token["log_probability"] < 0 for token in plain["tokens"])
+    stop = plain["text"][4:6]
+    cli.sample([str(run), "--max-new-tokens=30", "--temperature=1", "--seed=1", "--json", "--stop", stop, "--stop=@@"])
+    stopped = json.loads(capsys.readouterr().out)
+    assert stopped["text"] == plain["text"][:plain["text"].index(stop)] and stopped["reason"] == "stop"
+    cli.sample([str(run), "--max-new-tokens=5", "--logit-bias", "70:1e6,71:-1e6"])
+    assert len(set(capsys.readouterr().out.strip())) <= 1
+    assert "is not written ID:BIAS,ID:BIAS" in fails(capsys, cli.sample, str(run), "--logit-bias=x")
+    assert "logit_bias: 9999 is no token" in fails(capsys, cli.sample, str(run), "--logit-bias=9999:1")
+    assert "are shown with --json" in fails(capsys, cli.sample, str(run), "--log-probabilities=2")
+    assert "stop has an empty text" in fails(capsys, cli.sample, str(run), "--stop=")

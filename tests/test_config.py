@@ -14,6 +14,7 @@ from minigpt.config import (
     Config,
     DataConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     SamplingParams,
     TrainConfig,
@@ -204,6 +205,21 @@ def test_no_setting_is_infinite_or_not_a_number(load, value):
                 assert f"{section}.{field.name}" in message and "is not a finite number" in message
     for text in (f'{{"optim": {{"learning_rate": {number}}}}}' for number in ("NaN", "Infinity", "-Infinity", "1e999")):
         assert "is not a finite number" in fault(load, text, name="run.json")
+
+
+@pytest.mark.parametrize("columns", [
+    dict(text_columns=[]), dict(text_columns=["a", "b", "c"]), dict(text_columns=["a", "a"]), dict(label_column=""),
+    dict(text_columns=[""]), dict(text_columns=["label"])])
+def test_columns_of_a_table(columns):
+    assert "must be one column or two of text, and another of labels" in fault(DataConfig, **columns)
+    assert "of pairs in text_columns take truncate" in fault(DataConfig, text_columns=["a", "b"], long_texts="window")
+
+
+@pytest.mark.parametrize("name", [
+    "", "mask", "causal@3", "causal,masked", "causal,masked@0", "causal,masked@5,causal@5", "causal+causal", "causal:",
+    "causal:-1", "causal:nan", "causal:inf", "masked+", "causal,masked@" + "9" * 30])
+def test_objectives_that_say_nothing(name):
+    assert f"name = {name!r}: " in fault(ObjectiveConfig, name=name)
 
 
 @pytest.mark.parametrize("keys, says", [
