@@ -120,7 +120,7 @@ def _records(path) -> Iterator[tuple[int, dict]]:
             if cells and header is None:
                 header = cells
                 if len(set(header)) < len(header):
-                    raise ValueError(f"{path}:{line}: a column stands twice in the header")
+                    raise ValueError(f"{path}:{line}: a column stands twice in the header; rename one")
             elif cells:
                 if len(cells) != len(header):
                     raise ValueError(f"{path}:{line}: has {len(cells)} cells, the header {len(header)}; mend the row "
@@ -128,7 +128,8 @@ def _records(path) -> Iterator[tuple[int, dict]]:
                 yield line, dict(zip(header, cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}:{line}: not a row of a table ({error})") from None
+        raise ValueError(f"{path}:{line}: not a row of a table ({error}); in CSV a text with quotes stands between "
+                         "double quotes, and each of its own is doubled") from None
 
 
 def _objects(path, text):

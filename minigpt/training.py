@@ -178,7 +178,7 @@ class Trainer:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far."""
+        """Tokens trained on so far: rows times the context, which pairs and labelled texts may not fill."""
         return self.state.step * self.rows_per_step * self.config.model.context_length
 
     @property
