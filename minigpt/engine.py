@@ -126,7 +126,7 @@ class Engine:
         self.cache = KVCache(config, self.rows[-1], places, self.device, dtype)
         self.num_ids = len(tokenizer.never_sampled)
         self.never = torch.from_numpy(np.flatnonzero(tokenizer.never_sampled)).to(self.device)
-        self.ends, self.token_bytes = frozenset(tokenizer.roles.end_tokens), tokenizer.token_bytes
+        self.ends, self.tokenizer = frozenset(tokenizer.roles.end_tokens), tokenizer
         self._steps = {}
         self.queue, self.active = deque(), {}
         """Requests that wait, and {slot: request} of those that do not."""
@@ -379,7 +379,7 @@ class Engine:
             enough = len(request.tokens) - request.num_prompt >= request.params.max_new_tokens
             request.is_done = enough or token in self.ends
             if request.text is not None:
-                request.text.add(self.token_bytes[token])
+                request.text.add(self.tokenizer.token_bytes[token])
                 request.is_done |= request.text.end is not None
 
 
