@@ -348,6 +348,19 @@ def test_what_counts_as_a_right_answer():
     assert found["val_next_sentence_accuracy"] == pytest.approx(np.mean(pairs)) and 0 < np.mean(pairs) < 1
 
 
+@pytest.mark.parametrize("pooling", ["first", "last", "mean"])
+def test_what_the_pooler_reads(pooling):
+    """Of rows of 3 and 5 tokens, whatever stands in the padding."""
+    model, hidden = pooled_model(pooling=pooling), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+    hidden[0, 3:] = 1e6
+    read = {"first": lambda row, length: row[0], "last": lambda row, length: row[length - 1],
+            "mean": lambda row, length: row[:length].mean(0)}[pooling]
+    for number, length in enumerate((3, 5)):
+        pooled = model.pooler.dense(read(hidden[number], length)).tanh()
+        for logits, head in ((model.class_logits, model.classifier), (model.next_sentence_logits, model.next_sentence)):
+            assert_close(logits(hidden, torch.tensor([3, 5]))[number], head(pooled), 1e-4)
+
+
 @pytest.mark.parametrize("name, settings, message", [
     ("masked+next_sentence", dict(pooling="last"), "model.pooling = last makes attention causal"),
     ("next_sentence", dict(token_types=1), "model.token_types = 1 tells no two texts apart"),
