@@ -1,7 +1,7 @@
 """Tables of texts with labels: CSV and TSV with a header, and JSON Lines; as a data set in memory, and as rows.
 
     rows = read_table("reviews.csv", ["text"], "label")
-    dataset, classes = prepare(config.data, config.tokenizer, tokenizer)
+    dataset = prepare(config.data, config.tokenizer, classes=[], tokenizer=tokenizer)
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _records(path) -> Iterator[tuple[int, dict]]:
             elif cells:
                 if len(cells) != len(header):
                     raise ValueError(f"{path}:{line}: has {len(cells)} cells, the header {len(header)}; mend the row "
-                                     "(a text with the delimiter in it stands between double quotes)")
+                                     "(in CSV a text with a comma in it stands between double quotes)")
                 yield line, dict(zip(header, cells))
             line = reader.line_num + 1
     except csv.Error as error:

@@ -30,7 +30,8 @@ class Masking:
             raise ValueError(f"objective.name = {config.objective.name} needs a tokenizer with a mask token, and this "
                              "one has none; take another (tokenizer.path) or train one")
         self.config, self.tokenizer, self.seed = config.objective, tokenizer, config.train.seed
-        self.words, self.is_text = Words(tokenizer), ~tokenizer.is_special
+        self.words = Words(tokenizer) if config.objective.mask_unit == "word" else None
+        self.is_text = ~tokenizer.is_special
         self.text_ids = np.flatnonzero(self.is_text)
 
     def __call__(self, rows: np.ndarray, first: int, training: bool, lengths: np.ndarray | None = None):

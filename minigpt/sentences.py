@@ -1,7 +1,7 @@
 """Where sentences begin, and pairs of neighbouring ones: what next-sentence prediction learns from.
 
     starts = sentence_starts("It rained. We stayed in.")            # [0, 11]
-    pairs = Pairs(split, length=125, seed=1)
+    pairs = Pairs(split, tokenizer.token_bytes, length=125, seed=1)
     first, second, is_random = pairs.draw(7)
 
 Rules without a list of languages: they are made for English and Chinese, and of code they give blocks of lines.
@@ -22,6 +22,7 @@ LONGEST = 400
 BLOCK_TOKENS = 1 << 20
 """Tokens that are looked at together; a sentence ends where they do."""
 TRIES = 100
+"""Sentences that are looked at for one of another document with enough behind it."""
 SHORT = 0.1
 """Part of the pairs that are shorter than the context, down to an eighth (BERT, arXiv 1810.04805, appendix A.2)."""
 CLOSERS = "\"'”’»)\\]」』）】》〉"

@@ -1,9 +1,12 @@
-"""What tests of decoding share: a tokenizer of bytes, small models, and the ids that an engine draws."""
+"""What tests of decoding share: a tokenizer of bytes, small models, runs of them, and the ids that an engine draws."""
+
+from pathlib import Path
 
 import torch
 from twins import random_model
 
-from minigpt.engine import Engine
+from minigpt.config import Config, ObjectiveConfig
+from minigpt.engine import Engine, Run
 from minigpt.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 TOKENIZER = Tokenizer("bytes")
@@ -12,6 +15,10 @@ V, START, END = TOKENIZER.vocab_size, SPECIAL_TOKENS["<s>"], SPECIAL_TOKENS["</s
 
 def model_of(seed=0, context_length=24, **settings):
     return random_model(seed, **dict(vocab_size=V, context_length=context_length) | settings)
+
+
+def run_of(model, objective="causal"):
+    return Run(model, TOKENIZER, Config(model=model.config, objective=ObjectiveConfig(name=objective)), Path("a run"))
 
 
 def finished(engine, *requests):

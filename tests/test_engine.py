@@ -3,12 +3,11 @@
 import contextlib
 import itertools
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from compare import assert_close
-from decoding import END, START, TOKENIZER, V, constant_model, finished, ids, model_of
+from decoding import END, START, TOKENIZER, V, constant_model, finished, ids, model_of, run_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import gpt2_twins, random_model
@@ -16,8 +15,8 @@ from twins import gpt2_twins, random_model
 from minigpt import engine as engine_module
 from minigpt import sampling
 from minigpt.cache import Decode, KVCache, Prefill
-from minigpt.config import Config, ObjectiveConfig, SamplingParams
-from minigpt.engine import Engine, Run
+from minigpt.config import SamplingParams
+from minigpt.engine import Engine
 from minigpt.tokenizer import FIRST_BYTE
 
 CPU = torch.device("cpu")
@@ -26,10 +25,6 @@ VARIANTS = [
     dict(position="learned", norm="layer_norm", bias=True, qk_norm=False, mlp="gelu"), dict(position="none", window=5),
     dict(norm_position="post", num_kv_heads=2, window=1), dict(qkv_bias=True, tied_embeddings=False),
 ]
-
-
-def run_of(model, objective="causal"):
-    return Run(model, TOKENIZER, Config(model=model.config, objective=ObjectiveConfig(name=objective)), Path("a run"))
 
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=15)

@@ -1,19 +1,14 @@
 """Stop strings end a text where a search in the whole of it would, however the text comes in pieces."""
 
-from pathlib import Path
 
 import pytest
 import torch
-from decoding import END, START, TOKENIZER, constant_model, finished, ids, model_of
+from decoding import END, START, TOKENIZER, constant_model, finished, ids, model_of, run_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt.config import Config, ObjectiveConfig, SamplingParams
-from minigpt.engine import Engine, Run, StopText
-
-
-def run_of(model):
-    return Run(model, TOKENIZER, Config(model=model.config, objective=ObjectiveConfig(name="causal")), Path("a run"))
+from minigpt.config import SamplingParams
+from minigpt.engine import Engine, StopText
 
 
 def naive(text, stops):
