@@ -1,5 +1,6 @@
 """The benchmarks of ops run on a CPU in small, print a table, and end with one JSON object, as in --json's file."""
 
+import csv
 import importlib
 import importlib.util
 import itertools
@@ -224,3 +225,31 @@ def test_gradients_of_a_compiled_function_can_be_taken_again():
     y = timing.compiled(lambda x: x.sin().exp())(x)
     first, second = (torch.autograd.grad(y.sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_the_proof_of_learning_in_small(capsys, tmp_path, monkeypatch):
+    """Every row is there, no file is both learnt from and held out, and half of the pairs are of one file."""
+    from benchmarks import learning
+    from minigpt import corpus
+
+    files = [document for document in corpus.list_documents("stdlib") if document.path.stat().st_size < 20_000][:40]
+    monkeypatch.setattr(learning, "list_documents", lambda path: files)
+    monkeypatch.setattr(learning, "TABLES", {"train": 40, "val": 30})
+    out, sizes = tmp_path / "result.json", ["--steps", "2", "--class-steps", "2", "--seeds", "1"]
+    small = ["--tokenizer.kind=bytes", "--model.depth=1", "--model.width=16", "--model.num_heads=2"]
+    train = learning.trained
+    monkeypatch.setattr(learning, "trained", lambda config, folder, name, *overrides: train(
+        config, folder, name, *overrides, *(small if config.startswith("bert") else ["--train.batch_size=8"])))
+    learning.main([*sizes, "--work", str(tmp_path / "work"), "--json", str(out)])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(out.read_text()) and result["pairs"] > 50
+    rows = {row["what"]: row["accuracy"] for row in result["rows"]}
+    assert len(rows) == 6 and all(0 <= accuracy <= 1 for accuracy in rows.values())
+    low, high = result["rows"][2]["interval"]
+    assert low < rows["next sentences"] < high
+    work = tmp_path / "work"
+    train_files, val_files = ({file.relative_to(work / split) for file in (work / split).rglob("*") if file.is_file()}
+                              for split in ("train", "val"))
+    assert len(train_files) + len(val_files) == len(files) and val_files and not train_files & val_files
+    labels = [row["label"] for row in csv.DictReader((work / "val.csv").open(newline="", encoding="utf-8"))]
+    assert labels.count("same") == labels.count("other") == 15
