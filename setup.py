@@ -10,7 +10,7 @@ EXTRAS = {
     "ui": ["rich"],
     "viz": ["matplotlib"],
     "test": ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "transformers>=5,<6", "tokenizers",
-             "tiktoken", "peft", "sacrebleu", "rouge-score", "scikit-learn", "matplotlib"],
+             "tiktoken", "peft", "sacrebleu", "rouge-score", "scikit-learn", "matplotlib", "jsonschema"],
     "dev": ["ruff"],
 }
 

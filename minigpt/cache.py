@@ -46,6 +46,13 @@ class KVCache:
         for tensor in (self.keys, self.values):
             tensor[:, target, :, :count] = tensor[:, source, :, :count]
 
+    def move(self, moves: list[tuple[int, int, int, int]]) -> None:
+        """(source, target, start, stop) each: those tokens of one slot into another, of all as they were before."""
+        read = [[tensor[:, source, :, start:stop].clone() for tensor in (self.keys, self.values)]
+                for source, _, start, stop in moves]
+        for (_, target, start, stop), (keys, values) in zip(moves, read):
+            self.keys[:, target, :, start:stop], self.values[:, target, :, start:stop] = keys, values
+
     def slide(self, slot: int, count: int, stored: int, tables: tuple) -> None:
         """Drop the first `count` of the `stored` tokens of a slot; the others go to the front.
 

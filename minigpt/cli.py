@@ -89,15 +89,41 @@ def sample(argv: list[str] | None = None) -> None:
                         help="a smaller model with the same tokenizer, which guesses tokens ahead")
     parser.add_argument("--invariant", action="store_true", help="the same text whatever else is decoded beside it")
     parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
-    docs = field_docs(SamplingParams)
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=f"{docs['stop']} May be repeated.")
-    parser.add_argument("--logit-bias", type=_biases, default={}, metavar="ID:BIAS,...", help=docs["logit_bias"])
-    for field in dataclasses.fields(SamplingParams):
-        if field.name not in ("stop", "logit_bias"):
-            parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default,
-                                metavar="N", help=f"{docs[field.name]} (default {field.default})".replace("%", "%%"))
+    _add_sampling(parser)
     arguments = parser.parse_args(argv)
     _run(lambda: _sample(arguments), "stopped")
+
+
+def _add_sampling(parser, without=()):
+    """A flag for each field of SamplingParams."""
+    docs = {name: doc.replace("%", "%%") for name, doc in field_docs(SamplingParams).items()}
+    kinds = {bool: dict(action="store_true"), int: dict(type=int, metavar="N"), float: dict(type=float, metavar="X"),
+             str: dict(metavar="TEXT")}
+    written = {
+        "stop": dict(action="append", metavar="TEXT"), "banned": dict(action="append", metavar="TEXT"),
+        "stop_tokens": dict(action="append", type=int, metavar="ID"),
+        "logit_bias": dict(type=_biases, metavar="ID:BIAS,..."), "json_schema": dict(type=_schema, metavar="FILE|JSON"),
+        "early_stopping": dict(choices=("full", "likely", "never"))}
+    for name, default in dataclasses.asdict(SamplingParams()).items():
+        if name in without:
+            continue
+        how = written.get(name) or kinds[type(default)]
+        more = "May be repeated." if how.get("action") == "append" else f"(default {default})" if default else ""
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{docs[name]} {more}".strip(), default=default, **how)
+
+
+def _sampling(arguments):
+    return SamplingParams(**{name: getattr(arguments, name) for name in dataclasses.asdict(SamplingParams())})
+
+
+def _schema(text):
+    """JSON, or the file that it is in."""
+    if not text or text.lstrip()[:1] in ("{", "["):
+        return text
+    try:
+        return Path(text).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {_in_words(error)}") from None
 
 
 def _biases(text):
@@ -117,28 +143,27 @@ def _sample(arguments):
         raise ValueError("--log-probabilities are shown with --json; give that too")
     if arguments.stream and (arguments.json or arguments.num_samples > 1):
         raise ValueError("--stream prints one sample as text; leave out --json and --num-samples")
-    params = SamplingParams(**{field.name: getattr(arguments, field.name)
-                               for field in dataclasses.fields(SamplingParams)})
-    from minigpt.engine import load
+    params = _sampling(arguments)
+    from minigpt.engine import MOST_SLOTS, load
 
     run = load(arguments.path, arguments.device, past_context=arguments.past_context, invariant=arguments.invariant,
-               lookup=arguments.lookup, draft=arguments.draft)
+               lookup=arguments.lookup, draft=arguments.draft, slots=params.rows if params.rows > MOST_SLOTS else 0)
     prompt = arguments.prompt
     if arguments.stream:
         pieces = run.stream(prompt, params)
-        print(prompt or "", end="", flush=True)
+        print("" if params.echo else prompt or "", end="", flush=True)
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
         return
     for number, sample in enumerate(run.samples(prompt, params, arguments.num_samples)):
-        text = sample.text
         if arguments.json:
-            row = {"prompt": prompt, "text": text, "reason": sample.reason}
+            row = {"prompt": prompt, "text": sample.text, "reason": sample.reason}
+            row |= {} if sample.score is None else {"score": sample.score}
             print(json.dumps(row | ({"tokens": sample.tokens} if sample.tokens else {}), ensure_ascii=False))
         else:
             header = f"--- sample {number + 1} ---\n" if arguments.num_samples > 1 else ""
-            print(f"{header}{prompt or ''}{text}")
+            print(f"{header}{'' if params.echo else prompt or ''}{sample.text}")
 
 
 def _fill(arguments):

@@ -376,8 +376,18 @@ class SamplingParams(Section):
     """Longest continuation in tokens."""
     stop: list[str] = setting([])
     """Texts that end the continuation, which ends before them."""
+    stop_tokens: list[int] = setting([], low=0)
+    """Token ids that end the continuation, which ends before them."""
     min_new_tokens: int = setting(0, low=0, high=10_000_000)
     """Tokens before which none may end the text."""
+    begin_with: str = setting("")
+    """The continuation begins with this text."""
+    banned: list[str] = setting([])
+    """Texts that stand nowhere in the continuation."""
+    regex: str = setting("")
+    """The whole continuation matches this regular expression without anchors and back-references."""
+    json_schema: str = setting("")
+    """The whole continuation is JSON that this JSON Schema, itself JSON, describes."""
     logit_bias: dict[int, float] = setting({}, low=-1e6, high=1e6)
     """{token id: what is added to its logit}; -1000000 keeps a token out, 1000000 lets none but it in."""
     repetition_penalty: float = setting(1.0, low=1e-3, high=1e6)
@@ -398,6 +408,23 @@ class SamplingParams(Section):
     """Leaves out tokens whose probability is below min_p times that of the likeliest; 0 is off."""
     typical_p: float = setting(1.0, low=0.0, high=1.0)
     """Sample from the tokens nearest to the average surprise whose probabilities reach typical_p; 1 is off."""
+    num_beams: int = setting(1, low=1, high=1024)
+    """Beam search with so many texts under way, of which the best is the continuation; 1 is off."""
+    length_penalty: float = setting(1.0, low=-20.0, high=20.0)
+    """A beam's score is the sum of its log-probabilities / length ** length_penalty; above 0 favours long texts."""
+    early_stopping: str = setting("likely", choices=("full", "likely", "never"))
+    """Beams stop when as many have ended as there are beams ("full"), when moreover none under way is better at its
+    length ("likely"), or when none can become better ("never"); Hugging Face's true, false and never."""
+    num_beam_groups: int = setting(1, low=1, high=1024)
+    """Beams are as many groups that go one after the other and keep away from one another."""
+    diversity_penalty: float = setting(0.0, low=0.0, high=1000.0)
+    """What a token costs in a group for each beam of the groups before that has just taken it."""
+    sample_beams: bool = setting(False)
+    """Draw what beams go on with, by temperature, top-k and so on, instead of taking the likeliest."""
+    penalty_alpha: float = setting(0.0, low=0.0, high=1.0)
+    """Contrastive search among the top_k likeliest tokens: how much likeness to what stands before counts; 0 is off."""
+    echo: bool = setting(False)
+    """Give the prompt before the continuation."""
     seed: int = setting(0, low=0)
     """Seed of the draws; row i of several samples draws from (seed, i)."""
     log_probabilities: int = setting(0, low=0, high=1000)
@@ -407,6 +434,26 @@ class SamplingParams(Section):
     def check(self):
         if not all(self.stop):
             raise ValueError("stop has an empty text, which stands everywhere; leave it out")
+        if not all(self.banned):
+            raise ValueError("banned has an empty text, which stands everywhere; leave it out")
+        if self.regex and self.json_schema:
+            raise ValueError("regex does not go with json_schema; leave out one of them")
+        if self.num_beams % self.num_beam_groups:
+            raise ValueError(f"num_beams = {self.num_beams} is no multiple of num_beam_groups = {self.num_beam_groups}")
+        if (self.num_beam_groups > 1) != (self.diversity_penalty > 0):
+            raise ValueError("num_beam_groups and diversity_penalty go together; give both or neither")
+        if self.sample_beams and self.num_beams < 2:
+            raise ValueError("sample_beams draws what beams go on with; give num_beams of 2 or more, or leave it out")
+        if self.penalty_alpha and self.top_k < 2:
+            raise ValueError(f"penalty_alpha chooses among the top_k likeliest tokens, but top_k = {self.top_k}; give "
+                             "2 or more (4 is usual)")
+        if self.penalty_alpha and self.num_beams > 1:
+            raise ValueError("penalty_alpha does not go with num_beams; leave out one of them")
+
+    @property
+    def rows(self) -> int:
+        """Texts that are under way at a time: more than 1 where the continuation is searched for, and not drawn."""
+        return self.top_k if self.penalty_alpha else self.num_beams
 
     @property
     def needs_text(self) -> bool:
@@ -445,6 +492,10 @@ def check_value(key, value, hint, metadata):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{key} takes a list of strings, not {value!r}")
         return value
+    if hint == list[int]:
+        if not isinstance(value, list):
+            raise ValueError(f"{key} takes a list of whole numbers, not {value!r}")
+        return [check_value(f"{key}[{place}]", number, int, metadata) for place, number in enumerate(value)]
     if hint == dict[int, float]:
         if not isinstance(value, dict) or not all(type(number) is int and 0 <= number < MOST for number in value):
             raise ValueError(f"{key} takes an object of numbers by token id, not {value!r}")

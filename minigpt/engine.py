@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import codecs
-import math
+import copy
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,10 +27,12 @@ import kernels
 from minigpt import checkpoint, sampling
 from minigpt.cache import Decode, KVCache, Prefill, alike
 from minigpt.config import Config, SamplingParams
+from minigpt.constraints import Pieces, Text
 from minigpt.device import pick_device
 from minigpt.flat import FlatStep, GraphStep
 from minigpt.model import GPT
 from minigpt.packed import CHUNK, packed, steady_rows
+from minigpt.search import BeamSearch, ContrastiveSearch, Search
 from minigpt.speculative import Draft, Lookup
 from minigpt.tokenizer import Tokenizer
 
@@ -48,24 +50,34 @@ MOST_SLOTS = 16
 class Request:
     """A text under way: `tokens` are the prompt's ids and those drawn so far.
 
-    `is_done` tells whether it has ended; `error` is a ValueError where the model's output was not finite. `cancel()`
-    ends it within one step.
+    `is_done` tells whether it has ended; `error` is a ValueError where the model's output was not finite, or nothing
+    may come next. `cancel()` ends it within one step. One that is searched for has `rows`, requests of which it is the
+    first, each with a slot; when it is done, `found` are its continuations, the best first, and `tokens` that one's.
     """
 
-    def __init__(self, prompt: list[int], params: SamplingParams, generator: torch.Generator):
+    def __init__(self, prompt: list[int], params: SamplingParams, generator: torch.Generator, ends: frozenset[int],
+                 text: Text | None = None):
         self.tokens, self.params, self.generator = list(prompt), params, generator
+        self.ends, self.text = ends, text
         self.num_prompt, self.is_done, self.error = len(prompt), False, None
         self.slot, self.first, self.stored = None, 0, 0
         """Its slot holds `stored` tokens from tokens[first] on."""
         self.reusable = 0
         """How many of these another request may take over."""
-        alone = params.needs_text or params.min_new_tokens or params.logit_bias
+        alone = params.needs_text or params.logit_bias or text
         self.drawn_like = self if alone else (
             params.temperature, params.top_k, params.top_p, params.min_p, params.typical_p)
         """Requests of which this is equal are drawn together."""
-        self.text = StopText(params.stop) if params.stop else None
         self.log_probabilities = []
         """Where they are asked for, of each token drawn: its own, and {id: log-probability} of the likeliest."""
+        self.search, self.rows, self.number, self.is_idle, self.found = None, [self], 0, False, []
+        """A row is idle while the search has no more than `number` texts."""
+
+    def search_with(self, search: Search) -> None:
+        """Make it the first of as many rows as the search may have texts."""
+        self.rows += [copy.copy(self) for _ in range(search.width - 1)]
+        for number, row in enumerate(self.rows):
+            row.search, row.drawn_like, row.number, row.is_idle = search, search, number, number > 0
 
     @property
     def drawn(self) -> list[int]:
@@ -76,6 +88,18 @@ class Request:
     def held(self) -> list[int]:
         """The tokens of its slot that another request may take over."""
         return self.tokens[self.first:self.first + self.reusable]
+
+    @property
+    def is_left(self) -> bool:
+        """Whether its slot is needed no more."""
+        return self.rows[0].is_done
+
+    def become(self, tokens: list[int]) -> None:
+        """Another text, of which its slot holds what the two have in common."""
+        if tokens is not self.tokens:
+            self.stored = max(0, min(self.stored, alike(self.tokens, tokens) - self.first))
+            self.reusable = min(self.reusable, self.stored)
+            self.tokens = tokens
 
     def cancel(self) -> None:
         self.is_done = True
@@ -142,9 +166,19 @@ class Engine:
             if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
                 raise ValueError(f"the prompt's {token!r} is no token; ids are whole numbers from 0 to "
                                  f"{vocab_size - 1}")
-        if params.logit_bias and max(params.logit_bias) >= self.num_ids:
-            raise ValueError(f"logit_bias: {max(params.logit_bias)} is no token; ids are 0 to {self.num_ids - 1}")
-        request = Request(prompt, params, torch.Generator(self.device).manual_seed(_mixed(params.seed, row)))
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_tokens", params.stop_tokens)):
+            if ids and max(ids) >= self.num_ids:
+                raise ValueError(f"{name}: {max(ids)} is no token; ids are 0 to {self.num_ids - 1}")
+        generator = torch.Generator(self.device).manual_seed(_mixed(params.seed, row))
+        ends = frozenset(self.ends).union(params.stop_tokens)
+        text = Text(params, self._pieces, ends) if Text.is_needed(params) else None
+        request = Request(prompt, params, generator, ends, text)
+        if params.rows > 1:
+            kind = BeamSearch if params.num_beams > 1 else ContrastiveSearch
+            request.search_with(kind(request.tokens, params, ends, text, generator))
+        if len(request.rows) > self.slots:
+            raise ValueError(f"num_beams, or top_k of contrastive search, = {len(request.rows)} is more than the "
+                             f"engine's slots, {self.slots}; give fewer, or Engine(..., slots={len(request.rows)})")
         self.queue.append(request)
         return request
 
@@ -158,20 +192,34 @@ class Engine:
         self._free()
         behind, going = [], []
         for request in self.active.values():
+            if request.search:
+                self._settle(request)
+            if request.is_idle or request.is_left:
+                continue
+            if request.search and request.search.needs_all:
+                request.stored = 0
             request.stored = min(request.stored, len(request.tokens) - request.first - 1)
             request.reusable = min(request.reusable, request.stored)
             if len(request.tokens) - request.first > self.length:
                 self._make_room(request)
             is_behind = len(request.tokens) - request.first - request.stored > 1 or not request.stored
             (behind if is_behind else going).append(request)
-        while self.queue and self.left:
+        late = {request.search for request in behind if request.search}
+        behind += [request for request in going if request.search in late]      # the rows of a search are read together
+        going = [request for request in going if request.search is None or request.search not in late]
+        while self.queue:
             request = self.queue[0]
-            if not request.is_done and self.active.get(request.slot) is not request:
-                if any(alike(request.tokens, other.tokens) >= SHARED for other in behind):
+            without = [row for row in request.rows if self.active.get(row.slot) is not row]
+            if len(without) > len(self.left) and not request.is_done:
+                break
+            if without and not request.is_done:
+                is_new = request in without
+                if is_new and any(alike(request.tokens, other.tokens) >= SHARED for other in behind):
                     self._read(behind)                  # then it need not read that itself
                     behind = []
-                self._give_slot(request)
-                behind.append(request)
+                for row in without:
+                    self._give_slot(row)
+                behind += [request] * is_new
             self.queue.popleft()
         if behind:
             self._read(behind)
@@ -179,23 +227,28 @@ class Engine:
             going = []
         if going:
             going.sort(key=lambda request: request.slot)
-            self._draw(going, self._decode(going))
+            self._draw(going, *self._decode(going))
         self._free()
         return bool(self.active or self.queue)
+
+    def possible(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) of the ids that there are, -inf for those that no text can have; they are written to."""
+        return logits[:, :self.num_ids].index_fill_(1, self.never, -torch.inf)
 
     def _free(self):
         """Take the slots of requests that are done; what has one leaves it to no other, wherever a step was broken off.
         """
         for slot, request in list(self.active.items()):
             self.left.pop(slot, None)
-            if request.is_done:
+            if request.is_left:
                 self.left[slot] = request.held
                 del self.active[slot]
 
     def _give_slot(self, request):
         """The slot that holds the longest beginning of its tokens; where another request uses that, a copy of it."""
         request.first = max(0, len(request.tokens) - self.length)
-        wanted = request.tokens[request.first:-1]
+        anew = request.is_idle or request.search and request.search.needs_all
+        wanted = [] if anew else request.tokens[request.first:-1]
         held = self.left | {slot: other.held for slot, other in self.active.items()}
         common = {slot: alike(tokens, wanted) for slot, tokens in held.items()}
         source = max(common, key=common.get)
@@ -218,7 +271,7 @@ class Engine:
 
     def _read(self, requests):
         """Read all tokens that their slots do not hold yet, and draw one for each request."""
-        reader, parts, last = self._reader(1), [], {}
+        reader, parts, hidden = self._reader(1), [], {request: [] for request in requests}
         for request in requests:
             size, end = CHUNK if self.invariant else PREFILL, len(request.tokens) - request.first
             parts += [(request, start, min(start + size, end)) for start in range(request.stored, end, size)]
@@ -227,16 +280,17 @@ class Engine:
             while count < len(parts) and not self.invariant and parts[count][2] - parts[count][1] <= PREFILL - sum(
                     end - start for _, start, end in parts[:count]):
                 count += 1
-            for (request, _, end), row in zip(parts[:count], self._pass(reader, parts[:count])):
-                last[request] = row
+            for (request, _, end), read in zip(parts[:count], self._pass(reader, parts[:count])):
+                hidden[request] = [*hidden[request], read] if request.search else [read]
                 request.stored = request.reusable = end
             parts = parts[count:]
-        rows = torch.stack(list(last.values()))
+        hidden = [torch.cat(hidden[request]) for request in requests]
+        rows = torch.stack([read[-1] for read in hidden])
         rows = torch.nn.functional.pad(rows, (0, 0, 0, self._rows(len(rows)) - len(rows)))
-        self._draw(requests, reader.head(rows).float()[:len(requests)])
+        self._draw(requests, reader.head(rows).float()[:len(requests)], hidden)
 
     def _pass(self, reader, parts):
-        """Read tokens [start, end) of some requests; gives what the head reads after the last of each, (C,)."""
+        """Read tokens [start, end) of some requests; gives what the head reads of each, (end - start, C)."""
         ids, places = [], []
         for request, start, end in parts:
             tokens = request.tokens[request.first + start:request.first + end]
@@ -244,20 +298,28 @@ class Engine:
             places.append((request.slot, start, CHUNK if self.invariant else end - start))
         hidden = reader.hidden(torch.tensor([ids], device=self.device), cache=Prefill(self.cache, *places))[0]
         firsts = accumulate((count for _, _, count in places[:-1]), initial=0)
-        return [hidden[first + end - start - 1] for first, (_, start, end) in zip(firsts, parts)]
+        return [hidden[first:first + end - start] for first, (_, start, end) in zip(firsts, parts)]
 
     def _decode(self, requests):
-        """Read one token of each; gives their logits (B, V)."""
+        """Read one token of each; gives their logits (B, V), and what the head reads, (1, C) each, if need be."""
         lengths = {request.slot: request.stored for request in requests}
         last = {request.slot: request.tokens[-1] for request in requests}
         slots = sorted(self._with_idle(lengths))
         ids = torch.tensor([[last.get(slot, 0) for slot in slots]], device=self.device)
         view = Decode(self.cache, {slot: lengths.get(slot, -1) for slot in slots})
-        logits = self._logits(ids, view)
+        hidden = None
+        if any(request.search and request.search.needs_hidden for request in requests):
+            reader = self._reader(len(slots))
+            hidden = reader.hidden(ids, cache=view)[0]
+            logits = reader.head(hidden).float()
+        else:
+            logits = self._logits(ids, view)
         for request in requests:
             request.reusable += not self.invariant and request.reusable == request.stored
             request.stored += 1
-        return logits if len(slots) == len(requests) else logits[[slot in lengths for slot in slots]]
+        used = [slot in lengths for slot in slots]
+        hidden = None if hidden is None else hidden[used].split(1)
+        return logits if len(slots) == len(requests) else logits[used], hidden
 
     def _with_idle(self, slots):
         """These slots and idle ones, to a number of rows; on a GPU, where rows cost nothing, all between."""
@@ -296,6 +358,10 @@ class Engine:
         return sum(weight.nbytes for weight in weights) > PACKED_BYTES
 
     @cached_property
+    def _pieces(self):
+        return Pieces(self.tokenizer)
+
+    @cached_property
     def _packed(self):
         return packed(self.model)
 
@@ -314,7 +380,7 @@ class Engine:
         logits = self._logits(ids, Prefill(self.cache, (request.slot, request.stored, ids.shape[1])))
         whole = request.reusable == request.stored
         for place, guess in enumerate([*guesses, None]):
-            self._draw([request], logits[place:place + 1], guess)
+            self._draw([request], logits[place:place + 1], guess=guess)
             request.stored += 1
             if request.is_done or guess is None or request.tokens[-1] != guess[0]:
                 break
@@ -324,7 +390,11 @@ class Engine:
 
     def _draw_guess(self, request, logits, tokens):
         """A draft's token, and the probabilities (1, V) it was drawn with, as the request's own are drawn."""
-        logits = self._allowed(request, tokens, logits[:, :self.num_ids].index_fill_(1, self.never, -torch.inf))
+        logits = self.possible(logits)
+        if text := request.text:
+            for token in tokens[len(request.tokens):]:
+                text = text.extended(token)
+            logits = sampling.only(logits, text.allowed())
         logits = sampling.process(logits, self._seen(tokens, request.params), request.params, request.num_prompt)
         top, likeliest = logits.max(-1)
         sampling.check_finite(top, "draft")
@@ -333,14 +403,18 @@ class Engine:
         probabilities = logits.softmax(-1)
         return int(sampling.drawn(probabilities, [request.generator])), probabilities
 
-    def _draw(self, requests, logits, guess=None):
+    def _draw(self, requests, logits, hidden=None, guess=None):
         """One token for each request from its row of logits (B, V); an id that no text can have is never drawn."""
-        logits = logits[:, :self.num_ids].index_fill_(1, self.never, -torch.inf)
+        logits = self.possible(logits)
         groups = {}
         for row, request in enumerate(requests):
-            if not request.is_done:
+            if not request.is_left:
                 groups.setdefault(request.drawn_like, []).append(row)
         for rows in groups.values():
+            if requests[rows[0]].search:
+                rows.sort(key=lambda row: requests[row].number)
+                self._advance(requests[rows[0]].rows[0], logits[rows], hidden and [hidden[row] for row in rows])
+                continue
             self._draw_alike([requests[row] for row in rows], logits if len(rows) == len(logits) else logits[rows],
                              guess)
 
@@ -348,17 +422,54 @@ class Engine:
         """The tokens (1, N) of a text where its draws depend on them."""
         return torch.tensor([tokens], device=self.device) if params.needs_text else None
 
-    def _allowed(self, request, tokens, logits):
-        """Logits (1, V) without those of the ends of a text, where this one may not end yet."""
-        if len(tokens) - request.num_prompt >= request.params.min_new_tokens:
-            return logits
-        return logits.index_fill(1, torch.tensor(sorted(self.ends), device=self.device), -torch.inf)
+    def _settle(self, row):
+        """Make a row what its search says, wherever a step was broken off."""
+        texts = row.search.state.rows
+        row.is_idle = row.number >= len(texts)
+        if row.search.is_done:
+            self._end_search(row.rows[0])
+        elif not row.is_idle:
+            row.become(texts[row.number])
+
+    def _advance(self, request, logits, hidden):
+        """Go on with a search; a row that grew from another takes over what that one's slot holds."""
+        search, before = request.search, [copy.copy(row) for row in request.rows]
+        try:
+            sampling.check_finite(logits.amax(-1), "model")
+            search.advance(logits, hidden)
+        except ValueError as error:
+            request.error, request.is_done = error, True
+            for row in request.rows:
+                row.reusable = 0
+            return
+        if search.is_done:
+            self._end_search(request)
+            return
+        grown = [(row, before[parent]) for row, parent in zip(request.rows, search.state.parents)]
+        moves = []
+        for row, parent in grown:
+            if row.is_idle:
+                row.stored, row.first = 0, parent.first
+            self._settle(row)
+            if row.slot != parent.slot:
+                moves.append((parent.slot, row.slot, row.stored, parent.stored))
+        self.cache.move(moves)
+        for row, parent in grown:
+            row.stored, row.reusable = parent.stored, parent.reusable
+        for row in request.rows[len(grown):]:
+            self._settle(row)
+
+    def _end_search(self, request):
+        found = request.search.state.found
+        request.become(found[0].tokens)
+        request.found, request.text, request.log_probabilities = found, found[0].text, found[0].log_probabilities
+        request.is_done = True
 
     def _draw_alike(self, requests, logits, guess):
         first = requests[0]
         tokens = self._seen(first.tokens, first.params)
         try:
-            allowed = self._allowed(first, first.tokens, logits)
+            allowed = sampling.only(logits, first.text.allowed()) if first.text else logits
             drawn = sampling.sample(allowed, tokens, first.params, [request.generator for request in requests], guess,
                                     first.num_prompt)
         except ValueError as error:
@@ -370,39 +481,12 @@ class Engine:
             return
         for row, (request, token) in enumerate(zip(requests, drawn.tolist())):
             if number := request.params.log_probabilities:
-                of_all = logits[row].log_softmax(-1)
-                best = of_all.topk(min(number, len(of_all)))
-                likeliest = {id: value for id, value in zip(best.indices.tolist(), best.values.tolist())
-                             if value > -math.inf}
-                request.log_probabilities.append((of_all[token].item(), likeliest))
+                request.log_probabilities.append(sampling.told(logits[row].log_softmax(-1), token, number))
             request.tokens.append(token)
             enough = len(request.tokens) - request.num_prompt >= request.params.max_new_tokens
-            request.is_done = enough or token in self.ends
-            if request.text is not None:
-                request.text.add(self.tokenizer.token_bytes[token])
-                request.is_done |= request.text.end is not None
-
-
-class StopText:
-    """The bytes of a text as it is drawn, up to the first of some stop strings to be complete.
-
-    `end` is where that one begins, None as long as there is none; `sure` bytes are no beginning of one.
-    """
-
-    def __init__(self, stops: list[str]):
-        self.stops, self.content, self.end, self.sure = [stop.encode() for stop in stops], b"", None, 0
-
-    def add(self, piece: bytes) -> None:
-        longest, seen = max(map(len, self.stops)), len(self.content)
-        self.content += piece
-        found = [(place + len(stop), place) for stop in self.stops
-                 if (place := self.content.find(stop, max(0, seen - longest + 1))) >= 0]
-        if found:
-            self.end = self.sure = min(found)[1]
-            return
-        held = max((size for stop in self.stops for size in range(1, len(stop)) if self.content.endswith(stop[:size])),
-                   default=0)
-        self.sure = len(self.content) - held
+            if request.text:
+                request.text.add(token)
+            request.is_done = enough or token in request.ends or request.text is not None and request.text.is_over
 
 
 def _mixed(*numbers):
@@ -416,9 +500,12 @@ class Completion:
 
     text: str
     reason: str
-    """Why it ends: "stop" (a stop string), "end" (a token that ends a text) or "length" (max_new_tokens)."""
+    """Why it ends: "stop" (a stop string or token), "end" (a token that ends a text, or a match that is complete) or
+    "length" (max_new_tokens)."""
     tokens: list[dict]
     """Where `log_probabilities` are asked for: of each token its text, its log-probability and the likeliest ones."""
+    score: float | None = None
+    """Of one that was searched for."""
 
 
 class Run:
@@ -442,24 +529,57 @@ class Run:
         if not isinstance(prompts, list):
             return "".join(self.stream(prompts, params))
         encoded = [self.encode_prompt(prompt) for prompt in prompts]
-        return self._texts([self.engine.submit(ids, params, row) for row, ids in enumerate(encoded)])
+        texts = self._texts([self.engine.submit(ids, params, row) for row, ids in enumerate(encoded)])
+        return [(prompt or "") + text for prompt, text in zip(prompts, texts)] if params.echo else texts
 
     def samples(self, prompt: str | None, params: SamplingParams, number: int) -> list[Completion]:
-        """`number` continuations of one prompt, decoded as one batch; sample i draws from (seed, i)."""
-        ids = self.encode_prompt(prompt)
-        requests = [self.engine.submit(ids, params, row) for row in range(number)]
-        return [self._completion(*both) for both in zip(self._texts(requests), requests)]
+        """`number` continuations of one prompt, decoded as one batch; sample i draws from (seed, i).
 
-    def _completion(self, text, request):
+        Of a search they are the best that were found, the best first; ValueError for more than it has beams.
+        """
+        ids = self.encode_prompt(prompt)
+        if params.rows > 1:
+            if number > params.num_beams:
+                raise ValueError(f"{number} samples of num_beams = {params.num_beams} are too many; ask for "
+                                 f"{params.num_beams} or fewer")
+            request = self.engine.submit(ids, params)
+            self._texts([request])
+            return [self._completion(prompt, request, each.tokens, each.text, each.log_probabilities, each.score)
+                    for each in request.found[:number]]
+        requests = [self.engine.submit(ids, params, row) for row in range(number)]
+        self._texts(requests)
+        return [self._completion(prompt, request, request.tokens, request.text, request.log_probabilities)
+                for request in requests]
+
+    def _completion(self, prompt, request, tokens, text, log_probabilities, score=None):
+        drawn, end = tokens[request.num_prompt:], text and text.end
+        ended = drawn[-1] in request.ends
+        content = text.content[:end] if text else self.tokenizer.decode_bytes(drawn[:len(drawn) - ended])
+        stopped = end is not None or ended and drawn[-1] not in self.engine.ends
+        reason = "stop" if stopped else "end" if ended or text and text.is_over else "length"
+        told = [self._told(*both) for both in zip(drawn, log_probabilities)]
+        if request.params.echo and request.params.log_probabilities:
+            told = self._told_of_prompt(request) + told
+        before = prompt or "" if request.params.echo else ""
+        return Completion(before + content.decode("utf-8", errors="replace"), reason, told, score)
+
+    def _told(self, token, log_probabilities):
         def word(token):
             return self.tokenizer.token_bytes[token].decode("utf-8", errors="replace")
 
-        tokens = [{"token": word(id), "log_probability": value, "likeliest": [
-            {"token": word(other), "log_probability": its} for other, its in likeliest.items()]}
-            for id, (value, likeliest) in zip(request.drawn, request.log_probabilities)]
-        stopped = request.text is not None and request.text.end is not None
-        ended = request.drawn and request.drawn[-1] in self.engine.ends
-        return Completion(text, "stop" if stopped else "end" if ended else "length", tokens)
+        own, likeliest = log_probabilities
+        return {"token": word(token), "log_probability": own,
+                "likeliest": [{"token": word(other), "log_probability": its} for other, its in likeliest.items()]}
+
+    @torch.inference_mode()
+    def _told_of_prompt(self, request):
+        """The same of the prompt's tokens, None for what nothing stands before in the context."""
+        ids = request.tokens[:request.num_prompt]
+        seen = ids[-self.model.config.context_length:]
+        of_all = self.engine.possible(self.model(torch.tensor([seen], device=self.model.device))[0]).log_softmax(-1)
+        told = [(None, {})] * (len(ids) - len(seen) + 1) + [
+            sampling.told(row, token, request.params.log_probabilities) for row, token in zip(of_all, seen[1:])]
+        return [self._told(id, its) for id, its in zip(ids, told) if not self.tokenizer.is_special[id]]
 
     def _texts(self, requests):
         try:
@@ -478,6 +598,8 @@ class Run:
     def _stream(self, ids, params, row):
         request = self.engine.submit(ids, params, row)
         try:
+            if params.echo:
+                yield self.tokenizer.decode(ids)
             yield from self._pieces(request)
         finally:
             request.cancel()
@@ -486,11 +608,12 @@ class Run:
         """Text of a request as it is drawn; other requests go on meanwhile."""
         decoder, place, given = codecs.getincrementaldecoder("utf-8")(errors="replace"), request.num_prompt, 0
         while True:
-            while place == len(request.tokens) and not request.is_done:
+            while not request.is_done and (request.search or place == len(request.tokens)):
                 self.engine.step()
             if request.error:
                 raise request.error
-            if place == len(request.tokens) or self.tokenizer.is_special[request.tokens[place]]:
+            if (place == len(request.tokens) or request.tokens[place] in request.ends
+                    or self.tokenizer.is_special[request.tokens[place]]):
                 break
             content = self.tokenizer.token_bytes[request.tokens[place]]
             place += 1

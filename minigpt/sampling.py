@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from minigpt.config import SamplingParams
 
 CANDIDATES = 512
 """A nucleus is looked for among so many tokens first: to sort a large vocabulary takes longer than a small model."""
+NOTHING = ("no token may come next: what is banned, biased and not to be repeated leaves none; loosen one of "
+           "banned, logit_bias, no_repeat_ngram, regex and json_schema")
 
 
 def logit_bias(logits: torch.Tensor, bias: dict[int, float]) -> torch.Tensor:
@@ -97,9 +100,14 @@ def typical(logits: torch.Tensor, p: float) -> torch.Tensor:
     return logits.masked_fill(distance > ascending.gather(1, last), -torch.inf)
 
 
-def process(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams,
-            num_prompt: int = 0) -> torch.Tensor:
-    """All of the above in order; `tokens` (B, N) are prompt and text so far. Greedy ends before the temperature."""
+def only(logits: torch.Tensor, allowed: np.ndarray | None) -> torch.Tensor:
+    """Logits (..., V) with -inf where `allowed` (V,) is False."""
+    return logits if allowed is None else logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
+
+
+def penalised(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams,
+              num_prompt: int = 0) -> torch.Tensor:
+    """From the logit bias to n-grams; `tokens` (B, N) are prompt and text so far."""
     if params.logit_bias:
         logits = logit_bias(logits, params.logit_bias)
     if params.repetition_penalty != 1:
@@ -109,8 +117,11 @@ def process(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingP
                                                 params.frequency_penalty)
     if params.no_repeat_ngram:
         logits = no_repeat_ngram(logits, tokens, params.no_repeat_ngram)
-    if params.is_greedy:
-        return logits
+    return logits
+
+
+def truncated(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """From the temperature on."""
     if params.temperature != 1:
         logits = temperature(logits, params.temperature)
     if params.top_k:
@@ -122,6 +133,20 @@ def process(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingP
     if params.typical_p < 1:
         logits = typical(logits, params.typical_p)
     return logits
+
+
+def process(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams,
+            num_prompt: int = 0) -> torch.Tensor:
+    """All of the above in order. Greedy ends before the temperature."""
+    logits = penalised(logits, tokens, params, num_prompt)
+    return logits if params.is_greedy else truncated(logits, params)
+
+
+def told(log_probabilities: torch.Tensor, token: int, number: int) -> tuple[float, dict[int, float]]:
+    """Of log-probabilities (V,) that of a token, and {id: its own} of the `number` likeliest."""
+    best = log_probabilities.topk(min(number, len(log_probabilities)))
+    return log_probabilities[token].item(), {
+        id: value for id, value in zip(best.indices.tolist(), best.values.tolist()) if value > -math.inf}
 
 
 def sample(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingParams,
@@ -153,8 +178,11 @@ def sample(logits: torch.Tensor, tokens: torch.Tensor | None, params: SamplingPa
 
 
 def check_finite(top: torch.Tensor, model: str) -> None:
-    """Raise ValueError for largest logits (B,) of which one is not finite, as none is where a logit is NaN or inf."""
-    if not all(map(math.isfinite, top.tolist())):
+    """Raise ValueError for largest logits (B,) of which one is not finite: all are -inf, or one is NaN or inf."""
+    top = top.tolist()
+    if -math.inf in top:
+        raise ValueError(NOTHING)
+    if not all(map(math.isfinite, top)):
         raise ValueError(f"the {model}'s output is not finite, so its weights have diverged or are damaged; sample "
                          "from an earlier checkpoint, or train anew with a lower optim.learning_rate")
 

@@ -252,6 +252,11 @@ def test_what_only_looks_like_a_contradiction(keys):
     assert model.H_kv == keys.get("num_kv_heads", model.num_heads)
 
 
+WITH = {"num_beam_groups": dict(num_beams=1024, diversity_penalty=1.0), "penalty_alpha": dict(top_k=2),
+        "diversity_penalty": dict(num_beams=2, num_beam_groups=2)}
+"""What goes with the largest value of some fields."""
+
+
 def test_ranges_are_inclusive_and_checked_for_every_field():
     for factory in EVERY_SECTION:
         for field in dataclasses.fields(factory):
@@ -259,14 +264,15 @@ def test_ranges_are_inclusive_and_checked_for_every_field():
             beyond = 1 if field.type == "int" else 1e-9
 
             def given(value, field=field):
-                return {field.name: {5: value} if field.type.startswith("dict") else value}
+                return {field.name: {5: value} if field.type.startswith("dict") else
+                        [value] if field.type == "list[int]" else value}
 
             if low is not None:
                 if field.name not in ("width", "rope_high_turns"):      # whose least contradicts another's default
                     factory(**given(low))
                 assert "is too small" in fault(factory, **given(low - beyond))
             if high is not None:
-                factory(**given(high))
+                factory(**given(high), **WITH.get(field.name, {}))
                 assert "is too large" in fault(factory, **given(high + beyond))
             for choice in choices or ():
                 factory(**{field.name: choice})

@@ -242,10 +242,10 @@ def logits_of(monkeypatch):
     """{request: the bytes of all logits that its tokens were drawn from}, as an engine goes on."""
     seen, draw = {}, Engine._draw
 
-    def record(self, requests, logits):
+    def record(self, requests, logits, *others):
         for request, row in zip(requests, logits, strict=True):
             seen.setdefault(request, []).append(row.numpy().tobytes())
-        draw(self, requests, logits)
+        draw(self, requests, logits, *others)
     monkeypatch.setattr(Engine, "_draw", record)
     return seen
 

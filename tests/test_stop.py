@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigpt.config import SamplingParams
-from minigpt.engine import Engine, StopText
+from minigpt.constraints import Text
+from minigpt.engine import Engine
+from minigpt.patterns import Pieces
 
 
 def naive(text, stops):
@@ -20,17 +22,21 @@ def naive(text, stops):
     return None
 
 
+def stopping(stops):
+    return Text(SamplingParams(stop=stops), Pieces(TOKENIZER))
+
+
 letters = st.text(alphabet="abé", min_size=1, max_size=4)
 
 
 @given(st.text(alphabet="abé", max_size=24), st.lists(letters, min_size=1, max_size=3), st.data())
 def test_the_end_is_that_of_a_search_in_the_whole_text(text, stops, data):
     """And what was said to be sure on the way is never taken back."""
-    content, state, sure = text.encode(), StopText(stops), 0
+    content, state, sure = text.encode(), stopping(stops), 0
     wanted, place = naive(content, [stop.encode() for stop in stops]), 0
     while place < len(content) and state.end is None:
         size = data.draw(st.integers(1, 5))
-        state.add(content[place:place + size])
+        state.add_bytes(content[place:place + size])
         place += size
         assert sure <= state.sure <= len(state.content) and (wanted is None or state.sure <= wanted)
         sure = state.sure
@@ -38,9 +44,9 @@ def test_the_end_is_that_of_a_search_in_the_whole_text(text, stops, data):
 
 
 def test_only_what_may_become_a_stop_string_is_held_back():
-    state = StopText(["abc", "bd"])
+    state = stopping(["abc", "bd"])
     for piece, sure in ((b"x", 1), (b"a", 1), (b"b", 1), (b"a", 3), (b"bb", 5), (b"d", 5)):
-        state.add(piece)
+        state.add_bytes(piece)
         assert state.sure == sure, piece
     assert state.end == 5 and state.content == b"xababbd"
 
