@@ -6,7 +6,9 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
@@ -164,6 +166,75 @@ def _sample(arguments):
         else:
             header = f"--- sample {number + 1} ---\n" if arguments.num_samples > 1 else ""
             print(f"{header}{'' if params.echo else prompt or ''}{sample.text}")
+
+
+SWEPT = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+         "frequency_penalty", "no_repeat_ngram", "num_beams", "length_penalty", "num_beam_groups", "diversity_penalty",
+         "penalty_alpha")
+MOST_SETTINGS = 500
+
+
+def sweep(argv: list[str] | None = None) -> None:
+    """`minigpt sweep RUN_OR_CHECKPOINT --temperature 0.6,0.8 --top-p 0.9,1.0 [...]`"""
+    parser = Parser(prog="minigpt sweep", allow_abbrev=False,
+                    description="Samples under many settings side by side: repetition, diversity, perplexity.")
+    parser.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    parser.add_argument("--prompt", help="text to continue; without it new documents are begun")
+    parser.add_argument("--num-samples", type=int, default=4, metavar="N", help="samples of each setting (default 4)")
+    parser.add_argument("--html", metavar="FILE", help="write figures and samples as a page, too")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables and texts")
+    parser.add_argument("--device", help="torch device (default: CUDA where there is one, else the CPU)")
+    docs, defaults = field_docs(SamplingParams), dataclasses.asdict(SamplingParams())
+    for name in SWEPT:
+        parser.add_argument("--" + name.replace("_", "-"), type=_values(type(defaults[name])), metavar="X,...",
+                            default=[], help=f"{docs[name]} Several values are tried in turn.".replace("%", "%%"))
+    _add_sampling(parser, without=(*SWEPT, "echo", "log_probabilities"))
+    arguments = parser.parse_args(argv)
+    _run(lambda: _sweep(arguments), "stopped")
+
+
+def _values(kind):
+    def values(text):
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not numbers with commas between them") from None
+    return values
+
+
+def _sweep(arguments):
+    from minigpt import sweep
+    from minigpt.engine import MOST_SLOTS, load
+    from minigpt.files import write_durably
+
+    if not 1 <= arguments.num_samples <= MOST_SAMPLES:
+        raise ValueError(f"--num-samples {arguments.num_samples} is not between 1 and {MOST_SAMPLES}")
+    if arguments.html:
+        _check_new_file("--html", arguments.html, ".html")
+    values = {name: getattr(arguments, name) for name in SWEPT if getattr(arguments, name)}
+    if (count := math.prod(map(len, values.values()))) > MOST_SETTINGS:
+        raise ValueError(f"{count} combinations are more than {MOST_SETTINGS}; give fewer values")
+    fixed = SamplingParams(**{name: getattr(arguments, name) for name in dataclasses.asdict(SamplingParams())
+                              if name not in (*SWEPT, "echo", "log_probabilities")})
+    settings = sweep.grid(fixed, values)
+    if importlib.util.find_spec("sacrebleu") is None:
+        _warn("self-BLEU is left out: it needs the package sacrebleu; pip install 'minigpt[eval]'")
+    rows = max(params.rows for _, params in settings)
+    run = load(arguments.path, arguments.device, slots=rows if rows > MOST_SLOTS else 0)
+    found = []
+    for row in sweep.sweep(run, arguments.prompt, settings, arguments.num_samples):
+        found.append(row)
+        if not arguments.json:
+            print(f"--- {sweep.title(row, list(values))} ---")
+            for number, text in enumerate(row["samples"], 1):
+                print(f"[{number}] {sweep.shown(text)}")
+    if arguments.html:
+        write_durably(Path(arguments.html), sweep.sweep_html(found, arguments.prompt).encode())
+    if arguments.json:
+        print(json.dumps({"run": arguments.path, "prompt": arguments.prompt, "rows": found}, ensure_ascii=False))
+    else:
+        _table([{name: value for name, value in row.items() if name != "samples"} for row in found])
+        print(sweep.EXPLAINED)
 
 
 def _fill(arguments):
@@ -518,8 +589,9 @@ def _warn(line):
     _tell(_one_line(line), sys.stderr)
 
 
-VERBS = {"train": train, "sample": sample, "classify": classify, "embed": embed, "verify": verify, "import": import_,
-         "export": export, "eval": evaluate, "quantize": quantize, "tokenizer-report": tokenizer_report}
+VERBS = {"train": train, "sample": sample, "sweep": sweep, "classify": classify, "embed": embed, "verify": verify,
+         "import": import_, "export": export, "eval": evaluate, "quantize": quantize,
+         "tokenizer-report": tokenizer_report}
 
 
 def main(argv: list[str] | None = None) -> None:

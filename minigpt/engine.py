@@ -503,7 +503,7 @@ class Completion:
     """Why it ends: "stop" (a stop string or token), "end" (a token that ends a text, or a match that is complete) or
     "length" (max_new_tokens)."""
     tokens: list[dict]
-    """Where `log_probabilities` are asked for: of each token its text, its log-probability and the likeliest ones."""
+    """Where `log_probabilities` are asked for: of each token its text, id, log-probability, and the likeliest ones."""
     score: float | None = None
     """Of one that was searched for."""
 
@@ -568,8 +568,8 @@ class Run:
             return self.tokenizer.token_bytes[token].decode("utf-8", errors="replace")
 
         own, likeliest = log_probabilities
-        return {"token": word(token), "log_probability": own,
-                "likeliest": [{"token": word(other), "log_probability": its} for other, its in likeliest.items()]}
+        return {"token": word(token), "id": token, "log_probability": own, "likeliest": [
+            {"token": word(other), "id": other, "log_probability": its} for other, its in likeliest.items()]}
 
     @torch.inference_mode()
     def _told_of_prompt(self, request):

@@ -15,6 +15,8 @@ from itertools import accumulate
 
 import numpy as np
 
+from minigpt.page import page, printable, table
+
 METRICS = {
     "accuracy": lambda report: report["accuracy"],
     "macro_f1": lambda report: report["macro"]["f1"],
@@ -93,8 +95,8 @@ def report_text(report: dict, title: str = "") -> str:
 
     Where the confusion matrix is wider than a terminal, the most frequent confusions are listed instead.
     """
-    names = [_shortened(_printable(row["name"]), NAME) for row in report["classes"]]
-    heading = [_printable(title), ""] if title else []
+    names = [_shortened(printable(row["name"]), NAME) for row in report["classes"]]
+    heading = [printable(title), ""] if title else []
     scores = [HEAD, *_class_rows(report, names), [""] * len(HEAD), *_average_rows(report)]
     return "\n".join([*heading, *_aligned(scores), "", *_confusion_lines(report, names), "",
                       ", ".join(f"{name} {value}" for name, value in _figures(report)[2:]),
@@ -103,27 +105,17 @@ def report_text(report: dict, title: str = "") -> str:
 
 def report_html(report: dict, title: str = "") -> str:
     """The report as one page of HTML, without scripts and without anything to fetch, for screens, phones and paper."""
-    names = [escape(_printable(row["name"])) for row in report["classes"]]
-    title = escape(_printable(title or "Classification report"))
+    names = [escape(printable(row["name"])) for row in report["classes"]]
+    title = title or "Classification report"
     figures = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _figures(report))
     matrix = "".join(
         f'<tr><th scope="row">{name}</th>'
         + "".join(f'<td style="--share:{count / max(1, sum(row)):.3f}">{count}</td>' for count in row) + "</tr>\n"
         for name, row in zip(names, report["confusion"]))
     columns = "".join(f'<th scope="col" title="{name}">{name}</th>' for name in names)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<dl>{figures}</dl>
+    return page(title, f"""<dl>{figures}</dl>
 <h2>Classes</h2>
-{_html_table(HEAD, _class_rows(report, names), _average_rows(report))}
+{table(HEAD, _class_rows(report, names), _average_rows(report))}
 <h2>Confusion matrix</h2>
 <p>Rows are the true class, columns the predicted; the stronger the colour, the larger the share of the true class.</p>
 <div class="wide"><table class="matrix">
@@ -134,10 +126,7 @@ def report_html(report: dict, title: str = "") -> str:
 <h2>Calibration</h2>
 <p>Where the bars end on the diagonal, a confidence of 0.8 is right in 8 of 10 texts. A dot is the mean of a bin.</p>
 {_diagram(report["calibration"]["bins"])}
-{_html_table(BIN_HEAD, _bin_rows(report))}
-</body>
-</html>
-"""
+{table(BIN_HEAD, _bin_rows(report))}""")
 
 
 def _figures(report):
@@ -184,11 +173,6 @@ def _aligned(rows):
         for name, *cells in rows]
 
 
-def _printable(name):
-    """The name with what could steer a terminal written out; the joiners of Persian and of Indian scripts stay."""
-    return "".join(char if char.isprintable() or char in "\u200c\u200d" else repr(char)[1:-1] for char in name)
-
-
 def _columns(char):
     """That a terminal gives a character: 2 to a wide one, 0 to a joiner and to a mark upon the one before."""
     return 0 if unicodedata.category(char) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(char) in "WF")
@@ -210,14 +194,6 @@ def _beginning(text, width):
     return "".join(char for char, end in zip(text, accumulate(map(_columns, text))) if end <= width)
 
 
-def _html_table(head, *bodies):
-    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
-    rows = ["".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>\n'
-                    for name, *cells in body) for body in bodies]
-    return (f'<div class="wide"><table>\n<thead><tr>{columns}</tr></thead>\n'
-            f'{"".join(f"<tbody>{body}</tbody>" for body in rows)}\n</table></div>')
-
-
 def _diagram(bins):
     """Reliability diagram (SVG, a square of 300): accuracy over confidence, where there are texts."""
     bars = "".join(
@@ -233,33 +209,3 @@ def _diagram(bins):
 {ticks}<text x="150" y="334">confidence</text>
 <text transform="translate(-34 150) rotate(-90)">accuracy</text>
 </svg>"""
-
-
-STYLE = """
-:root { color-scheme: light dark; --page: 255 255 255; --ink: 26 26 26; --faint: 208 208 208; --heat: 122 176 245 }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --page: 18 20 24; --ink: 236 236 236; --faint: 68 72 80; --heat: 28 78 190 }
-}
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem;
-  background: rgb(var(--page)); color: rgb(var(--ink)); overflow-wrap: break-word }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-dl { display: flex; flex-wrap: wrap; gap: 1rem 2rem } dd { margin: 0; font-size: 1.5rem }
-dd, td { font-variant-numeric: tabular-nums }
-.wide { overflow-x: auto }
-table { border-collapse: collapse }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid rgb(var(--faint)) }
-th { font-weight: 600 }
-th:first-child { text-align: left; max-width: min(16rem, 40vw); position: sticky; left: 0;
-  background: rgb(var(--page)) }
-tbody + tbody { border-top: 2px solid rgb(var(--ink)) }
-.matrix thead th + th { max-width: 6rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.matrix td { background: rgb(var(--heat) / var(--share)) }
-svg { width: 100%; max-width: 26rem; height: auto }
-svg rect { fill: rgb(var(--heat)); stroke: rgb(var(--page)) }
-svg circle, svg text { fill: rgb(var(--ink)) } svg text { font-size: 13px; text-anchor: middle }
-svg path { fill: none; stroke: rgb(var(--ink)) } svg .diagonal { stroke-dasharray: 5 4 }
-@media print {
-  body { max-width: none; font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact }
-  .wide { overflow: visible } tr, svg { break-inside: avoid } th:first-child { max-width: 16rem; position: static }
-}
-"""

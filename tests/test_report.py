@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from minigpt.report import METRICS, SCORES, STYLE, _width, classification_report, report_html, report_text
+from minigpt.page import STYLE
+from minigpt.report import METRICS, SCORES, _width, classification_report, report_html, report_text
 
 LABELS = [0, 0, 0, 1, 1, 3]
 PROBABILITIES = [[0.9, 0.1, 0, 0], [0.6, 0.2, 0.2, 0], [0.25, 0.5, 0.25, 0], [0.2, 0.7, 0.1, 0], [1, 0, 0, 0],
