@@ -51,8 +51,9 @@ def figures(samples: list[Completion]) -> dict[str, float | None]:
         grams = [gram for text in texts for gram in _ngrams(text, n)]
         row[f"distinct_{n}"] = len(set(grams)) / len(grams) if grams else None
     repeated = [1 - len(set(grams)) / len(grams) for text in texts if (grams := _ngrams(text, 4))]
-    return row | {"self_bleu": self_bleu(texts), "repetition": _mean(repeated),
-                  "perplexity": math.exp(-_mean(values)) if values else None, "tokens": _mean([len(text) for text in texts])}
+    perplexity = math.exp(-_mean(values)) if values else None
+    return row | {"self_bleu": self_bleu(texts), "repetition": _mean(repeated), "perplexity": perplexity,
+                  "tokens": _mean([len(text) for text in texts])}
 
 
 def self_bleu(texts: list[list[int]]) -> float | None:

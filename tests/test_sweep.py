@@ -63,7 +63,8 @@ def test_what_a_sweep_shows_is_so():
     cold, warm = sweep(run, "x", grid(params, {"temperature": [0.01, 1.0]}), 3)
     assert cold["distinct_1"] < warm["distinct_1"] and cold["self_bleu"] > 99.9 > warm["self_bleu"]
     assert cold["repetition"] > 0.9 > warm["repetition"] and cold["temperature"] == 0.01
-    free, held = sweep(run, "x", grid(SamplingParams(max_new_tokens=30, temperature=0.05), {"no_repeat_ngram": [0, 4]}), 3)
+    cool = SamplingParams(max_new_tokens=30, temperature=0.05)
+    free, held = sweep(run, "x", grid(cool, {"no_repeat_ngram": [0, 4]}), 3)
     assert free["repetition"] > 0 == held["repetition"]
     beams, = sweep(run, "x", grid(params, {"num_beams": [4]}), 3)
     assert len(set(beams["samples"])) == 3 and beams["perplexity"] < warm["perplexity"]
