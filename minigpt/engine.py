@@ -75,7 +75,7 @@ class Request:
 
     def search_with(self, search: Search) -> None:
         """Make it the first of as many rows as the search may have texts."""
-        self.rows += [copy.copy(self) for _ in range(search.width - 1)]
+        self.rows += [copy.copy(self) for _ in range(self.params.rows - 1)]
         for number, row in enumerate(self.rows):
             row.search, row.drawn_like, row.number, row.is_idle = search, search, number, number > 0
 

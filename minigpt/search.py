@@ -45,15 +45,15 @@ class State:
 
 
 class Search:
-    """What both searches share: `width` rows at most, how a text grows, and what may come next."""
+    """What both searches share: `params.rows` rows at most, how a text grows, and what may come next."""
 
     needs_hidden = False
     needs_all = False
     """Whether all of the text must be read in the next step, whatever a slot holds."""
 
-    def __init__(self, prompt: list[int], params: SamplingParams, width: int, ends: frozenset[int], text: Text | None,
+    def __init__(self, prompt: list[int], params: SamplingParams, ends: frozenset[int], text: Text | None,
                  generator: torch.Generator):
-        self.params, self.width, self.ends, self.generator = params, width, ends, generator
+        self.params, self.ends, self.generator = params, ends, generator
         self.num_prompt = len(prompt)
         self.state = State([prompt], [], [], self.begin(Hypothesis(prompt, text)))
 
@@ -104,7 +104,7 @@ class BeamSearch(Search):
 
     def __init__(self, prompt, params, ends, text, generator):
         self.size = params.num_beams // params.num_beam_groups
-        super().__init__(prompt, params, params.num_beams, ends, text, generator)
+        super().__init__(prompt, params, ends, text, generator)
 
     def begin(self, first):
         return [Group([first], [0], []) for _ in range(self.params.num_beam_groups)]
@@ -178,9 +178,6 @@ class ContrastiveSearch(Search):
 
     needs_hidden = True
 
-    def __init__(self, prompt, params, ends, text, generator):
-        super().__init__(prompt, params, params.top_k, ends, text, generator)
-
     @property
     def needs_all(self):
         return self.state.inside[1] is None
@@ -205,7 +202,7 @@ class ContrastiveSearch(Search):
             self.state = State([], [], [replace(text, score=text.total)], None)
             return
         probabilities = self.scores(log_probabilities[None], [text])[0].softmax(-1)
-        best = probabilities.topk(min(self.width, int((probabilities > 0).sum())))
+        best = probabilities.topk(min(self.params.top_k, int((probabilities > 0).sum())))
         values = log_probabilities[best.indices].tolist()
         candidates = [(self.grown(text, token, value, log_probabilities), probability)
                       for token, value, probability in zip(best.indices.tolist(), values, best.values.tolist())]
