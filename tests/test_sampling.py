@@ -235,3 +235,9 @@ def test_a_tiny_temperature_is_greedy(temperature):
     logits, tokens = random_case(3)
     params = SamplingParams(temperature=temperature)
     assert torch.equal(sampling.sample(logits, tokens, params, generators(1, 2, 3)), logits.argmax(-1))
+
+
+def test_presence_and_frequency_count_what_was_drawn_and_not_the_prompt():
+    logits, tokens = torch.zeros(1, 5), torch.tensor([[1, 1, 2, 3, 3]])
+    params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5, temperature=1.0, top_p=1.0)
+    assert sampling.process(logits, tokens, params, num_prompt=2).tolist() == [[0.0, 0.0, -1.5, -2.0, 0.0]]

@@ -119,6 +119,30 @@ def test_few_beams_may_miss_the_best():
     assert missed
 
 
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.sampled_from([-2.0, -0.5, 0.0, 0.5, 2.0]))
+def test_a_search_that_stops_never_early_loses_nothing(seed, length_penalty):
+    """It stops where none under way can become better, so its best is that of a search that does not stop."""
+    table = Table(seed, 5)
+    params = SamplingParams(num_beams=2, length_penalty=length_penalty, max_new_tokens=7, early_stopping="never")
+    search = BeamSearch([0], params, frozenset({1}), None, torch.Generator())
+    endless = BeamSearch([0], params, frozenset({1}), None, torch.Generator())
+    endless._is_over = lambda best, ended: False
+    found, wanted = run_search(table, search), run_search(table, endless)
+    assert (found[0].tokens, found[0].score) == (wanted[0].tokens, wanted[0].score)
+
+
+def test_beams_go_on_beside_many_that_end():
+    """Each of four ends is likelier than any other token, and as many beams as were asked for go on."""
+    logits = torch.tensor([0.0, 5.0, 5.1, 5.2, 5.3, 0.1, 0.2, 0.3])
+    params = SamplingParams(num_beams=3, max_new_tokens=9, length_penalty=5.0, early_stopping="never")
+    search = BeamSearch([0], params, frozenset({1, 2, 3, 4}), None, torch.Generator())
+    search.advance(logits[None])
+    assert [row[-1] for row in search.state.rows] == [7, 6, 5]
+    search.advance(logits.expand(3, -1))
+    assert len(search.state.rows) == 3
+
+
 def naive_groups(table, params, groups):
     """Diverse beam search word for word, without ends: the groups in turn, a token the dearer the more took it."""
     size = params.num_beams // groups
@@ -242,17 +266,24 @@ def test_a_search_in_company_finds_what_it_finds_alone(settings, past_context):
     assert not engine.active and len(engine.left) == 5
 
 
-def test_beams_equal_full_forwards_past_the_context():
-    """A cache that was copied wrongly would show: the scores are those of the texts, read anew with all before them."""
-    model = random_model(vocab_size=V, context_length=64, num_kv_heads=2)
-    engine = Engine(model, TOKENIZER)
-    prompt = [START, *range(60, 80)]
-    request = engine.submit(prompt, SamplingParams(num_beams=6, max_new_tokens=30, length_penalty=0.0))
+@pytest.mark.parametrize("context_length", [64, 24])
+@pytest.mark.parametrize("settings", [
+    dict(num_beams=6, length_penalty=0.0), dict(penalty_alpha=0.6, top_k=3),
+    dict(num_beams=4, num_beam_groups=2, diversity_penalty=0.5, length_penalty=0.0)], ids=str)
+def test_scores_are_those_of_full_forwards(settings, context_length):
+    """A cache that was copied wrongly would show, past the context too: each text is read anew, token by token."""
+    model = random_model(vocab_size=V, context_length=context_length, num_kv_heads=2)
+    engine, prompt = Engine(model, TOKENIZER), [START, *range(60, 80)]
+    request = engine.submit(prompt, SamplingParams(max_new_tokens=30, **settings))
     finished(engine, request)
-    assert len(request.found) == 6 and len({tuple(each.tokens) for each in request.found}) == 6
+    assert len(request.found) == len({tuple(each.tokens) for each in request.found}) == settings.get("num_beams", 1)
     for each in request.found:
-        logits = engine.possible(model(torch.tensor([each.tokens]))[0]).log_softmax(-1)
-        total = sum(logits[place - 1, each.tokens[place]].item() for place in range(len(prompt), len(each.tokens)))
+        context, total = list(prompt), 0.0
+        for token in each.tokens[len(prompt):]:
+            total += engine.possible(model(torch.tensor([context]))[0]).log_softmax(-1)[-1, token].item()
+            context.append(token)
+            if len(context) > context_length:
+                context = context[-(context_length // 2 + 1):]
         assert each.score == pytest.approx(total, abs=1e-3)
 
 

@@ -97,6 +97,8 @@ def test_no_text_ends_before_its_least_length(end):
             drawn = ids(model, [START, 70], params)
             assert len(drawn) >= least and (end not in drawn[:least])
             lengths.append((least, len(drawn)))
+    eager = SamplingParams(temperature=0.0, min_new_tokens=6, max_new_tokens=12)
+    assert len(ids(constant_model({end: 9.0}), [START, 70], eager)) == 7, "it ends as soon as it may"
     assert min(lengths)[1] < 6 and any(least == 6 and length < 12 for least, length in lengths)
 
 
