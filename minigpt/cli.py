@@ -120,12 +120,14 @@ def _sampling(arguments):
 
 def _schema(text):
     """JSON, or the file that it is in."""
-    if not text or text.lstrip()[:1] in ("{", "["):
+    if text.strip() in ("", "true", "false") or text.lstrip()[:1] in ("{", "["):
         return text
     try:
-        return Path(text).read_text("utf-8")
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {_in_words(error)}") from None
+        return Path(text).read_text("utf-8-sig")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(_in_words(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: not UTF-8; save it as UTF-8") from None
 
 
 def _biases(text):
@@ -209,7 +211,7 @@ def _sweep(arguments):
 
     if not 1 <= arguments.num_samples <= MOST_SAMPLES:
         raise ValueError(f"--num-samples {arguments.num_samples} is not between 1 and {MOST_SAMPLES}")
-    if arguments.html:
+    if arguments.html is not None:
         _check_new_file("--html", arguments.html, ".html")
     values = {name: getattr(arguments, name) for name in SWEPT if getattr(arguments, name)}
     if (count := math.prod(map(len, values.values()))) > MOST_SETTINGS:
@@ -228,7 +230,7 @@ def _sweep(arguments):
             print(f"--- {sweep.title(row, list(values))} ---")
             for number, text in enumerate(row["samples"], 1):
                 print(f"[{number}] {sweep.shown(text)}")
-    if arguments.html:
+    if arguments.html is not None:
         write_durably(Path(arguments.html), sweep.sweep_html(found, arguments.prompt).encode())
     if arguments.json:
         print(json.dumps({"run": arguments.path, "prompt": arguments.prompt, "rows": found}, ensure_ascii=False))

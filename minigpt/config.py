@@ -379,13 +379,14 @@ class SamplingParams(Section):
     stop_tokens: list[int] = setting([], low=0)
     """Token ids that end the continuation, which ends before them."""
     min_new_tokens: int = setting(0, low=0, high=10_000_000)
-    """Tokens before which none may end the text."""
+    """Tokens before which no token may end the text; a stop string, or a match that is complete, may."""
     begin_with: str = setting("")
     """The continuation begins with this text."""
     banned: list[str] = setting([])
     """Texts that stand nowhere in the continuation."""
     regex: str = setting("")
-    """The whole continuation matches this regular expression without anchors and back-references."""
+    """The whole continuation matches this regular expression: Python's, with re.ASCII, without anchors, look-around and
+    back-references."""
     json_schema: str = setting("")
     """The whole continuation is JSON that this JSON Schema, itself JSON, describes."""
     logit_bias: dict[int, float] = setting({}, low=-1e6, high=1e6)
@@ -434,6 +435,15 @@ class SamplingParams(Section):
     def check(self):
         if not all(self.stop):
             raise ValueError("stop has an empty text, which stands everywhere; leave it out")
+        for name, texts in (("stop", self.stop), ("banned", self.banned), ("regex", [self.regex]),
+                            ("begin_with", [self.begin_with]), ("json_schema", [self.json_schema])):
+            if any("\ud800" <= char <= "\udfff" for text in texts for char in text):
+                raise ValueError(f"{name} has bytes that are not UTF-8; write it in UTF-8")
+        if self.stop and (self.regex or self.json_schema):
+            raise ValueError("stop does not go with regex or json_schema, which say where a text ends; leave it out")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens = {self.min_new_tokens} is more than max_new_tokens = "
+                             f"{self.max_new_tokens}; change one of them")
         if not all(self.banned):
             raise ValueError("banned has an empty text, which stands everywhere; leave it out")
         if self.regex and self.json_schema:
@@ -444,6 +454,8 @@ class SamplingParams(Section):
             raise ValueError("num_beam_groups and diversity_penalty go together; give both or neither")
         if self.sample_beams and self.num_beams < 2:
             raise ValueError("sample_beams draws what beams go on with; give num_beams of 2 or more, or leave it out")
+        if self.sample_beams and self.is_greedy:
+            raise ValueError("sample_beams draws, and temperature = 0 does not; raise temperature, or leave out one")
         if self.penalty_alpha and self.top_k < 2:
             raise ValueError(f"penalty_alpha chooses among the top_k likeliest tokens, but top_k = {self.top_k}; give "
                              "2 or more (4 is usual)")

@@ -6,12 +6,24 @@ All of it is decided on bytes, so it holds however the text is cut into tokens.
 from __future__ import annotations
 
 import copy
+from functools import reduce
 
 import numpy as np
 
 from minigpt import json_schema
 from minigpt.config import SamplingParams
-from minigpt.patterns import Pieces
+from minigpt.patterns import NEVER, Pattern, Pieces, TooLarge
+
+
+def compiled(params: SamplingParams, pieces: Pieces) -> Pattern | None:
+    """What the whole continuation must match."""
+    if not params.json_schema:
+        return pieces.pattern(params.regex) if params.regex else None
+    try:
+        return pieces.pattern(json_schema.to_regex(params.json_schema))
+    except TooLarge:
+        raise ValueError("json_schema describes more than can be kept to; lower its lengths and counts, and make more "
+                         "properties required") from None
 
 
 class Text:
@@ -25,14 +37,28 @@ class Text:
         self.params, self.pieces, self.ends = params, pieces, ends
         self.stops = [stop.encode() for stop in params.stop]
         self.banned = [text.encode() for text in params.banned]
-        self.beginning = pieces.tokenizer.encode(params.begin_with)
-        regex = json_schema.to_regex(params.json_schema) if params.json_schema else params.regex
-        self.pattern = pieces.pattern(regex) if regex else None
+        self.beginning = pieces.spelled(params.begin_with)
+        self.pattern = compiled(params, pieces)
         self.state = self.pattern.start if self.pattern else None
-        if self.pattern and self.pattern.distance[self.state] > params.max_new_tokens:
-            raise ValueError(f"max_new_tokens = {params.max_new_tokens} may be too few for any text that matches; give "
-                             f"{self.pattern.distance[self.state]} or more")
         self.count, self.content, self.end, self.sure = 0, b"", None, 0
+        self.may_stand = ~np.any([np.zeros(len(pieces.bytes), bool), *map(pieces.containing, self.banned)], axis=0)
+        self._check()
+
+    def _check(self):
+        """Raise ValueError where no text can be what is asked for."""
+        params, beginning = self.params, self.params.begin_with
+        for text in params.banned:
+            if text in beginning:
+                raise ValueError(f"begin_with = {beginning!r} has the banned {text!r} in it; change one of them")
+        least = len(self.beginning)
+        if self.pattern:
+            state = reduce(lambda state, token: self.pattern.after(state)[token], self.beginning, self.state)
+            if self.pattern.distance[state] == NEVER:
+                raise ValueError(f"begin_with = {beginning!r} begins no text that matches; change one of them")
+            least += int(self.pattern.distance[state])
+        if least > params.max_new_tokens:
+            raise ValueError(f"max_new_tokens = {params.max_new_tokens} may be too few for any text that begins and "
+                             f"matches as asked; give {least} or more")
 
     @staticmethod
     def is_needed(params: SamplingParams) -> bool:
@@ -48,8 +74,10 @@ class Text:
 
     def add(self, token: int) -> None:
         self.count += 1
+        if token in self.ends:                          # which is no text
+            return
         self.add_bytes(self.pieces.bytes[token])
-        if self.pattern and token not in self.ends:
+        if self.pattern:
             self.state = int(self.pattern.after(self.state)[token])
 
     def add_bytes(self, piece: bytes) -> None:
@@ -64,7 +92,7 @@ class Text:
         if found:
             self.end = self.sure = min(found)[1]
             return
-        self.sure -= max((size for stop in self.stops for size in range(1, len(stop))
+        self.sure -= max((size for stop in self.stops for size in range(1, min(len(stop), 1 + len(self.content)))
                           if self.content.endswith(stop[:size])), default=0)
 
     @property
@@ -81,14 +109,12 @@ class Text:
             may = np.zeros(len(self.pieces.bytes), bool)
             may[self.beginning[self.count]] = True
             return may
-        may = np.ones(len(self.pieces.bytes), bool)
-        ends = list(self.ends)
+        may, ends = self.may_stand.copy(), list(self.ends)
         if self.pattern:
             left = self.params.max_new_tokens - self.count - 1
-            may = self.pattern.distance[self.pattern.after(self.state)] <= left
+            may &= self.pattern.distance[self.pattern.after(self.state)] <= left
             may[ends] = self.pattern.is_final[self.state]
         for text in self.banned:
-            may &= ~self.pieces.containing(text)
             for size in range(1, len(text)):
                 if self.content.endswith(text[:size]):
                     may &= ~self.pieces.starting_with(text[size:])

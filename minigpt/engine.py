@@ -389,7 +389,10 @@ class Engine:
         return True
 
     def _draw_guess(self, request, logits, tokens):
-        """A draft's token, and the probabilities (1, V) it was drawn with, as the request's own are drawn."""
+        """A draft's token, and the probabilities (1, V) it was drawn with, as the request's own are drawn.
+
+        None where nothing may come next.
+        """
         logits = self.possible(logits)
         if text := request.text:
             for token in tokens[len(request.tokens):]:
@@ -397,6 +400,8 @@ class Engine:
             logits = sampling.only(logits, text.allowed())
         logits = sampling.process(logits, self._seen(tokens, request.params), request.params, request.num_prompt)
         top, likeliest = logits.max(-1)
+        if top.item() == -torch.inf:
+            return None
         sampling.check_finite(top, "draft")
         if request.params.is_greedy:
             return int(likeliest), None

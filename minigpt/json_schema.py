@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 
-from minigpt.patterns import Automaton
+from minigpt.patterns import Automaton, TooLarge
 
 DIGITS = 15
 """Of a whole number, at most; larger ones are not exact everywhere."""
+LONGEST_PATTERN = 1_000_000
 LONGEST = 1000
 """Characters of a text, or items, that a bound may allow."""
 STRING = {"minLength", "maxLength", "pattern", "format"}
@@ -38,10 +39,16 @@ WHOLE = f"(?:0|[1-9][0-9]{{0,{DIGITS - 1}}})"
 def to_regex(schema: str) -> str:
     """The regular expression. Raises ValueError naming the place in the schema and the mend."""
     try:
-        tree = json.loads(schema)
-    except (ValueError, RecursionError) as error:
+        tree = json.loads(schema, parse_constant=_no_number)
+        return _Writer(tree).value(tree, "#", ())
+    except json.JSONDecodeError as error:
         raise ValueError(f"json_schema is no JSON: {error}") from None
-    return _Writer(tree).value(tree, "#", ())
+    except RecursionError:
+        raise ValueError("json_schema nests too deep; write it with fewer levels") from None
+
+
+def _no_number(name):
+    raise ValueError(f"json_schema: {name} is no number of JSON; write another")
 
 
 class _Writer:
@@ -50,6 +57,12 @@ class _Writer:
 
     def value(self, schema, place, refs):
         """What describes a value; `refs` are those that were followed to get here."""
+        written = self.written(schema, place, refs)
+        if len(written) > LONGEST_PATTERN:
+            raise TooLarge(f"json_schema, {place}: describes too much; nest less deep")
+        return written
+
+    def written(self, schema, place, refs):
         if schema is True or schema == {}:
             return _any_value()
         if not isinstance(schema, dict):
@@ -64,9 +77,9 @@ class _Writer:
             return _either(self.value(each, f"{place}/anyOf/{number}", refs)
                            for number, each in enumerate(self.listed(schema, "anyOf", place)))
         kinds = schema.get("type", self.implied(schema))
-        kinds = [kinds] if isinstance(kinds, str) else kinds
+        kinds = kinds if isinstance(kinds, list) and (kinds or "type" not in schema) else [kinds]
         for kind in kinds:
-            if kind not in TYPES:
+            if not isinstance(kind, str) or kind not in TYPES:
                 raise ValueError(f"json_schema, {place}: type {kind!r} is none of: {', '.join(TYPES)}")
         if "enum" in schema or "const" in schema:
             values = [schema["const"]] if "const" in schema else self.listed(schema, "enum", place)
@@ -74,7 +87,7 @@ class _Writer:
             values = [value for value in values if not kinds or any(_is_of(value, kind) for kind in kinds)]
             if not values:
                 raise ValueError(f"json_schema, {place}: no value is of type {', '.join(kinds)}; change one of them")
-            return _either(_literal(json.dumps(value, ensure_ascii=False)) for value in values)
+            return _either(_literal(value, place) for value in values)
         return _either(TYPES[kind](self, schema, place, refs) for kind in kinds) if kinds else _any_value()
 
     def alone(self, key, schema, place, *others):
@@ -124,7 +137,7 @@ class _Writer:
         if "pattern" in schema:
             return f'"{self.pattern(schema["pattern"], place)}"'
         if "format" in schema:
-            if schema["format"] not in FORMATS:
+            if schema["format"] not in list(FORMATS):
                 raise ValueError(f"json_schema, {place}: format {schema['format']!r} is none of: {', '.join(FORMATS)}; "
                                  "write a pattern")
             return f'"{FORMATS[schema["format"]]}"'
@@ -133,10 +146,12 @@ class _Writer:
 
     def pattern(self, pattern, place):
         """A pattern is searched for, so what is not anchored may have any text beside it."""
-        begins, ends = str(pattern).startswith("^"), str(pattern).endswith("$")
-        inner = str(pattern)[begins:len(str(pattern)) - ends]
+        if not isinstance(pattern, str):
+            raise ValueError(f"json_schema, {place}: pattern = {json.dumps(pattern)} is no text; write one")
+        begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$$", pattern) is not None
+        inner = pattern[begins:len(pattern) - ends]
         try:
-            ranges = [(low, high) for edges in Automaton(inner).edges for low, high, _ in edges]
+            ranges = [(low, high) for edges in Automaton(f"(?:{inner})").edges for low, high, _ in edges]
         except ValueError as error:
             raise ValueError(f"json_schema, {place}: {error}") from None
         if any(low < 32 or low <= ord(char) <= high for low, high in ranges for char in '"\\'):
@@ -172,15 +187,17 @@ class _Writer:
     def object(self, schema, place, refs):
         properties, required = schema.get("properties", {}), schema.get("required", [])
         others = schema.get("additionalProperties", True)
-        if not isinstance(properties, dict) or not isinstance(required, list):
-            raise ValueError(f"json_schema, {place}: properties are an object and required is a list; write them so")
+        if not isinstance(properties, dict) or not isinstance(required, list) or not all(
+                isinstance(name, str) for name in required):
+            raise ValueError(f"json_schema, {place}: properties are an object and required is a list of names; write "
+                             "them so")
         properties = properties | {name: others for name in required if name not in properties}
         if not properties:
             if others is False:
                 return r"\{ ?\}"
             value = self.value(others, f"{place}/additionalProperties", refs)
             return _repeated(r"\{", f'"{CHARACTER}*" ?: ?{value}', 0, "", r"\}")
-        written = [(_literal(json.dumps(name, ensure_ascii=False)) + " ?: ?"
+        written = [(_literal(name, place) + " ?: ?"
                     + self.value(its, f"{place}/properties/{name}", refs), name in required)
                    for name, its in properties.items()]
         return rf"\{{ ?{_members(written)} ?\}}"
@@ -195,7 +212,14 @@ def _either(parts):
     return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
 
 
-def _literal(text):
+def _literal(value, place):
+    """A value as JSON writes it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise ValueError(f"json_schema, {place}: {value} has a number that JSON does not; write another") from None
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        text = json.dumps(value)
     return re.sub(r"[][\\.+*?(){}|^$#&~-]", r"\\\g<0>", text)
 
 

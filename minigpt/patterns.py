@@ -18,8 +18,8 @@ from minigpt.tokenizer import Tokenizer
 
 REMEMBERED = 256
 """States of a pattern, and ends of banned texts, of which the tokens that may follow are kept."""
-MOST_STATES = 100_000
-"""Of an automaton; a hundred million numbers are what fits in memory with ease."""
+MOST_STATES, MOST_WORK = 100_000, 30_000_000
+"""Of an automaton, and links that are followed to make it: a hundred megabytes, and a few seconds."""
 NEVER = np.iinfo(np.int64).max
 LAST = 0x10FFFF
 SURROGATES = 0xD800, 0xDFFF
@@ -40,6 +40,18 @@ class Pieces:
             lambda text: np.array([piece.startswith(text) for piece in self.bytes]))
         self.containing = lru_cache(REMEMBERED)(lambda text: np.array([text in piece for piece in self.bytes]))
 
+    def spelled(self, text: str) -> list[int]:
+        """The ids of a text that stands behind another: the tokenizer's own, unless it puts a space before them."""
+        ids, content = self.tokenizer.encode(text), text.encode()
+        if b"".join(self.bytes[id] for id in ids) == content:
+            return ids
+        ids, ordered = [], self.table[0]                # else, again and again, the longest token that fits
+        while content:
+            fits = (id for id in ordered if self.has_text[id] and content.startswith(self.bytes[id]))
+            ids.append(int(next(fits)))
+            content = content[len(self.bytes[ids[-1]]):]
+        return ids
+
     @cached_property
     def table(self):
         """(ids from the longest to the shortest, their bytes (V, longest), how many are longer than each place)."""
@@ -48,6 +60,10 @@ class Pieces:
         text = b"".join(self.bytes[id].ljust(longest, b"\0") for id in order)
         longer = [int((sizes > place).sum()) for place in range(longest)]
         return order, np.frombuffer(text, np.uint8).reshape(-1, longest), longer
+
+
+class TooLarge(ValueError):
+    """A pattern whose automaton would take too much memory or time."""
 
 
 def parsed(regex: str) -> _parser.SubPattern:
@@ -68,17 +84,20 @@ class Automaton:
     `edges` of a state are (low, high, next) over bytes, `free` the states that are reached from it without reading.
 
     Raises ValueError for what is no regular expression of Python, and for anchors, look-around and back-references.
-    \\d, \\w and \\s stand for ASCII characters.
+    It is read as with `re.ASCII`: \\d, \\w, \\s and the other case of a letter are ASCII characters.
     """
 
     def __init__(self, regex: str):
         self.regex, self.edges, self.free = regex, [[]], [[]]
         tree = parsed(regex)
-        self.start = self._sequence(tree, 0, tree.state.flags)
+        try:
+            self.start = self._sequence(tree, 0, tree.state.flags)
+        except RecursionError:
+            raise ValueError(f"{regex[:60]!r} nests too deep; write it with fewer parentheses") from None
 
     def _state(self, edges=(), free=()):
         if len(self.edges) > MOST_STATES:
-            raise ValueError(f"{self.regex[:60]!r} counts too far; lower the numbers in braces")
+            raise TooLarge(f"{self.regex[:60]!r} counts too far; lower the numbers in braces")
         self.edges.append(list(edges))
         self.free.append(list(free))
         return len(self.edges) - 1
@@ -94,6 +113,8 @@ class Automaton:
             return self._state(free=[self._sequence(each, target, flags) for each in value[1]])
         if kind is kinds.SUBPATTERN:
             _, more, less, inner = value
+            if more & re.UNICODE:
+                raise ValueError(f"{self.regex!r} has (?u:...), and patterns are read as with re.ASCII; leave it out")
             return self._sequence(inner, target, flags & ~less | more)
         if kind in (kinds.MAX_REPEAT, kinds.MIN_REPEAT):
             least, most, inner = value
@@ -138,8 +159,8 @@ def _ranges(kind, value, flags):
             these = [(ord(char), ord(char)) for char in CATEGORIES[OPPOSITES.get(which, which)]]
             found += _others(these) if which in OPPOSITES else these
     if flags & re.IGNORECASE:
-        found += [(ord(other),) * 2 for low, high in found if high - low < 1000 for char in range(low, high + 1)
-                  for other in (chr(char).lower(), chr(char).upper()) if len(other) == 1]
+        letters = map(ord, string.ascii_letters)        # of the other case stands 32 places on, or before
+        found += [(letter ^ 32, letter ^ 32) for letter in letters if any(low <= letter <= high for low, high in found)]
     return _others(found if negated else _others(found))
 
 
@@ -185,12 +206,7 @@ class Pattern:
                 self.next[state, low:high] = target
         self.is_final = np.zeros(lost + 1, bool)
         self.is_final[finals] = True
-        links = {(state, target) for state, row in enumerate(rows) for _, _, target in row}
-        before, after = np.array(list(links), np.int64).reshape(-1, 2).T
-        self.distance, steps = np.where(self.is_final, 0, NEVER), 0
-        while (reached := before[(self.distance[after] == steps) & (self.distance[before] == NEVER)]).size:
-            steps += 1
-            self.distance[reached] = steps
+        self.distance = np.array([*_distances(rows, finals), NEVER])
         if self.distance[start] == NEVER:
             raise ValueError(f"{regex!r} matches no text at all; write one that matches some")
         self.next[self.distance[self.next] == NEVER] = lost
@@ -206,16 +222,25 @@ class Pattern:
     def _after(self, state):
         """(V,): the state behind each token that is read in `state`."""
         order, text, longer = self.pieces.table
-        states = np.full(len(order), state)
+        states = np.full(len(order), state, np.int32)
         for place, count in enumerate(longer):
             states[:count] = self.next[states[:count], text[:count, place]]
-        after = np.full(len(order), len(self.next) - 1)
+        after = np.full(len(order), len(self.next) - 1, np.int32)
         after[order] = states
-        return np.where(self.pieces.has_text, after, len(self.next) - 1)
+        after[~self.pieces.has_text] = len(self.next) - 1
+        return after
 
 
 def _deterministic(automaton):
     """([(from byte, to the one before, next state)] of each state, the final states, the first)."""
+    work = 0
+
+    def spend(amount):
+        nonlocal work
+        work += amount
+        if work > MOST_WORK:
+            raise TooLarge(f"{automaton.regex[:60]!r} needs too many states; lower the numbers in braces")
+
     @lru_cache(None)
     def reached(state):
         """States with edges, and the end, that are reached from here without reading."""
@@ -226,6 +251,7 @@ def _deterministic(automaton):
                 found.add(at)
             left += (more := set(automaton.free[at]) - seen)
             seen |= more
+        spend(len(seen))
         return frozenset(found)
 
     names, rows = {reached(automaton.start): 0}, []
@@ -234,14 +260,33 @@ def _deterministic(automaton):
         edges = [edge for state in states for edge in automaton.edges[state]]
         bounds = sorted({low for low, _, _ in edges} | {high + 1 for _, high, _ in edges})
         row = []
+        spend(len(edges) * len(bounds))
         for low, high in zip(bounds, bounds[1:]):
-            targets = frozenset().union(*(reached(target) for first, last, target in edges if first <= low <= last))
+            parts = [reached(target) for first, last, target in edges if first <= low <= last]
+            spend(sum(map(len, parts)))
+            targets = frozenset().union(*parts)
             if targets:
                 if targets not in names:
                     names[targets] = len(order)
                     order.append(targets)
-                    if len(order) > MOST_STATES:
-                        raise ValueError(f"{automaton.regex[:60]!r} needs too many states; lower the numbers in braces")
+                    spend(MOST_WORK / MOST_STATES)
                 row.append((low, high, names[targets]))
         rows.append(row)
     return rows, [names[states] for states in order if 0 in states], 0
+
+
+def _distances(rows, finals):
+    """Of each state the fewest bytes to a final one, NEVER where there is no way."""
+    before = [[] for _ in rows]
+    for state, row in enumerate(rows):
+        for _, _, target in row:
+            before[target].append(state)
+    distances, reached = [NEVER] * len(rows), list(finals)
+    for state in finals:
+        distances[state] = 0
+    for state in reached:
+        for other in before[state]:
+            if distances[other] == NEVER:
+                distances[other] = distances[state] + 1
+                reached.append(other)
+    return distances

@@ -16,7 +16,7 @@ from minigpt.config import SamplingParams
 CANDIDATES = 512
 """A nucleus is looked for among so many tokens first: to sort a large vocabulary takes longer than a small model."""
 NOTHING = ("no token may come next: what is banned, biased and not to be repeated leaves none; loosen one of "
-           "banned, logit_bias, no_repeat_ngram, regex and json_schema")
+           "banned, begin_with, logit_bias, min_new_tokens, no_repeat_ngram, regex and json_schema")
 
 
 def logit_bias(logits: torch.Tensor, bias: dict[int, float]) -> torch.Tensor:

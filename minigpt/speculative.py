@@ -53,7 +53,10 @@ class Draft:
         found = []
         while len(found) < count:
             logits = self._read(window)
-            found.append(draw(logits, [*tokens, *(token for token, _ in found)]))
+            guess = draw(logits, [*tokens, *(token for token, _ in found)])
+            if guess is None:
+                break
+            found.append(guess)
             window = [*window, found[-1][0]]
         return found
 

@@ -30,10 +30,12 @@ def grid(params: SamplingParams, values: dict[str, list]) -> list[tuple[dict, Sa
 
 
 def sweep(run: Run, prompt: str | None, settings: list[tuple[dict, SamplingParams]], number: int) -> Iterator[dict]:
-    """Of each of the settings (see `grid`) its values, its figures and `number` samples; all draw from the same seeds.
+    """Of each of the settings (see `grid`) its values, its figures and `number` samples, or what a search finds.
+
+    All draw from the same seeds.
     """
     for values, params in settings:
-        samples = run.samples(prompt, params, number)
+        samples = run.samples(prompt, params, number if params.rows == 1 else min(number, params.num_beams))
         yield {**values, **figures(samples), "samples": [sample.text for sample in samples]}
 
 
@@ -62,7 +64,7 @@ def self_bleu(texts: list[list[int]]) -> float | None:
         from sacrebleu.metrics import BLEU
     except ImportError:
         return None
-    bleu, words = BLEU(tokenize="none", effective_order=True), [" ".join(map(str, text)) for text in texts]
+    bleu, words = BLEU(tokenize="none", effective_order=True), [" ".join(map(str, text)) for text in texts if text]
     return _mean([bleu.sentence_score(text, words[:place] + words[place + 1:]).score
                   for place, text in enumerate(words)]) if len(words) > 1 else None
 

@@ -253,7 +253,7 @@ def test_what_only_looks_like_a_contradiction(keys):
 
 
 WITH = {"num_beam_groups": dict(num_beams=1024, diversity_penalty=1.0), "penalty_alpha": dict(top_k=2),
-        "diversity_penalty": dict(num_beams=2, num_beam_groups=2)}
+        "min_new_tokens": dict(max_new_tokens=10_000_000), "diversity_penalty": dict(num_beams=2, num_beam_groups=2)}
 """What goes with the largest value of some fields."""
 
 

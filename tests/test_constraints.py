@@ -136,7 +136,7 @@ def partial(pattern, content):
     ("(", "is no regular expression: missing"), ("a)(b", "is no regular expression: unbalanced"),
     ("[b-a]", "bad character"), ("a^b", r"cannot be kept to \(at\)"), (r"\bx", "without anchors"),
     ("(?=a)b", "look-around"), (r"(a)\1", "back-references"), (r"[^\x00-\U0010ffff]", "matches no text at all"),
-    ("a{30}", "max_new_tokens = 8 may be too few for any text that matches; give 30"),
+    ("a{30}", "max_new_tokens = 8 may be too few for any text .* give 30"),
     ("(a{1000}){1000}", "counts too far; lower"), ("(a|b)*a(a|b){20}", "needs too many states; lower")])
 def test_what_is_no_pattern(pattern, message):
     with pytest.raises(ValueError, match=message):
@@ -248,7 +248,7 @@ def test_a_text_begins_as_it_must():
 def test_what_contradicts_itself_is_told():
     run = run_of(MODELS[TOKENIZER])
     for settings_ in (dict(regex="[ab]", banned=["a", "b"]), dict(regex="[ab]", banned=["a", "b"], num_beams=2),
-                      dict(begin_with="x", regex="y"), dict(regex="a{9}", no_repeat_ngram=2),
+                      dict(regex="a{9}", no_repeat_ngram=2), dict(regex="aa", logit_bias={}, banned=["aa"]),
                       dict(regex="[ab]", banned=["a", "b"], penalty_alpha=0.5, top_k=2)):
         with pytest.raises(ValueError, match="no token may come next: what is banned"):
             run.generate("x", SamplingParams(**settings_))
@@ -297,3 +297,56 @@ def test_beginnings_and_patterns_with_guesses():
             engine = Engine(model, TOKENIZER, slots=1, **options)
             texts += finished(engine, engine.submit([START, 70], params))
         assert texts[0] == texts[1] == texts[2]
+
+
+def test_what_ends_a_text_is_no_part_of_it():
+    """A stop token has bytes of its own: they neither stand in the text nor count for what it matches."""
+    stop = TOKENIZER.encode("s")
+    run = run_of(constant_model({stop[0]: 9.0, TOKENIZER.encode("a")[0]: 8.0}))
+    for more in (dict(), dict(stop=["QQQ"]), dict(banned=["QQQ"]), dict(regex="[a-m]*"), dict(min_new_tokens=3)):
+        for how in (dict(temperature=0.0), dict(num_beams=2)):
+            params = SamplingParams(stop_tokens=stop, max_new_tokens=9, **more, **how)
+            sample, = run.samples("x", params, 1)
+            assert set(sample.text) <= {"a"} and sample.reason == "stop", (more, how)
+            assert run.generate("x", params) == sample.text
+
+
+@pytest.mark.parametrize("settings_, message", [
+    (dict(regex="c|abcd", begin_with="ab", max_new_tokens=3), "max_new_tokens = 3 may be too few .* give 4 or more"),
+    (dict(regex="yes|no", begin_with="yes!"), "'yes!' begins no text that matches"),
+    (dict(begin_with="hello world", max_new_tokens=5), "give 11 or more"),
+    (dict(begin_with="hello world", banned=["x", "o w"]), "has the banned 'o w' in it"),
+    (dict(regex="[a-z]{4,}Q", stop=["Q"]), "stop does not go with regex"),
+    (dict(min_new_tokens=9, max_new_tokens=8), "min_new_tokens = 9 is more than max_new_tokens = 8"),
+    (dict(stop=["\udcff"]), "stop has bytes that are not UTF-8"),
+    (dict(sample_beams=True, num_beams=2, temperature=0.0), "sample_beams draws"),
+    (dict(json_schema='{"type": "array", "items": ' * 30 + "{}" + "}" * 30), "describes more than can be kept to"),
+    (dict(json_schema='{"type": "array", "items": ' * 5000 + "{}" + "}" * 5000), "nests too deep"),
+    (dict(regex="(" * 300 + "a" + ")*" * 300), "nests too deep|parentheses|no regular"),
+    (dict(regex="((a?){100}){100}"), "needs too many states"), (dict(regex="(?u:a)"), "re.ASCII"),
+])
+def test_what_cannot_be_asked_for_together(settings_, message):
+    with pytest.raises(ValueError, match=message):
+        run_of(MODELS[TOKENIZER]).generate("x", SamplingParams(**settings_))
+
+
+def test_a_dead_end_of_a_draft_is_none_of_the_model():
+    """Behind a match that is complete nothing may come next; a draft that looks ahead so far just stops there."""
+    for settings_ in (dict(regex="ab", min_new_tokens=5), dict(regex="[abc]{1,3}", no_repeat_ngram=1)):
+        params = SamplingParams(max_new_tokens=12, temperature=1.0, **settings_)
+        engine = Engine(MODELS[TOKENIZER], TOKENIZER, slots=1, draft=model_of(5))
+        text = TOKENIZER.decode_bytes(finished(engine, engine.submit([START, 70], params))[0]).decode()
+        assert re.fullmatch(settings_["regex"], text.removesuffix("</s>"))
+
+
+def test_a_beginning_is_spelled_without_a_space_that_a_tokenizer_puts_before():
+    class Spaced:
+        """Encodes as SentencePiece does with a dummy prefix."""
+
+        token_bytes = [b"", b" ", b"k", b"i", b"n", b"g", b" k", b"king", b" king", b"\xc3", b"\xa9"]
+
+        def encode(self, text):
+            return [8] if text == "king" else [1]
+
+    pieces = Pieces(Spaced())
+    assert pieces.spelled("king") == [7] and pieces.spelled(" king") == [8] and pieces.spelled("ké") == [2, 9, 10]

@@ -159,13 +159,15 @@ def test_the_order_is_that_of_generate():
     from twins import gpt2_twins
 
     model, _ = gpt2_twins()
-    settings = dict(repetition_penalty=1.5, temperature=0.7, top_k=9, top_p=0.8, min_p=0.05, typical_p=0.7)
-    config = GenerationConfig(do_sample=True, no_repeat_ngram_size=2, **settings)
-    theirs = model._get_logits_processor(config, input_ids_seq_length=9, device="cpu")
-    assert len(theirs) == 7
-    params = SamplingParams(no_repeat_ngram=2, **settings)
-    for seed in range(20):
-        check(lambda tokens, logits: sampling.process(logits, tokens, params), theirs, seed, False)
+    for min_p, typical_p in ((0.05, 0.7), (0.3, 0.4), (0.1, 0.9)):
+        settings = dict(repetition_penalty=1.5, temperature=1.7, top_k=25, top_p=0.97, min_p=min_p, typical_p=typical_p)
+        config = GenerationConfig(do_sample=True, no_repeat_ngram_size=2, sequence_bias=[[[3], 2.0], [[9], -1.5]],
+                                  **settings)
+        theirs = model._get_logits_processor(config, input_ids_seq_length=9, device="cpu")
+        assert len(theirs) == 8
+        params = SamplingParams(no_repeat_ngram=2, logit_bias={3: 2.0, 9: -1.5}, **settings)
+        for seed in range(40):
+            check(lambda tokens, logits, params=params: sampling.process(logits, tokens, params), theirs, seed, False)
 
 
 def generators(*seeds):

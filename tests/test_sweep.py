@@ -1,5 +1,6 @@
 """A sweep shows what each setting does: figures by their definitions, and a page that stands alone."""
 
+import dataclasses
 import json
 import math
 import re
@@ -66,6 +67,10 @@ def test_what_a_sweep_shows_is_so():
     cool = SamplingParams(max_new_tokens=30, temperature=0.05)
     free, held = sweep(run, "x", grid(cool, {"no_repeat_ngram": [0, 4]}), 3)
     assert free["repetition"] > 0 == held["repetition"]
+    one, two = sweep(run, "x", grid(params, {"num_beams": [1, 2]}), 3)
+    assert (len(one["samples"]), len(two["samples"])) == (3, 2), "a search gives as many as it finds"
+    contrastive, = sweep(run, "x", grid(dataclasses.replace(params, top_k=4), {"penalty_alpha": [0.5]}), 3)
+    assert len(contrastive["samples"]) == 1 and contrastive["self_bleu"] is None
     beams, = sweep(run, "x", grid(params, {"num_beams": [4]}), 3)
     assert len(set(beams["samples"])) == 3 and beams["perplexity"] < warm["perplexity"]
 
@@ -118,7 +123,7 @@ def test_the_verb(tmp_path, capsys, run):
     (["--temperature", "1,hot"], "is not numbers with commas between them"), (["--temperature", "1,-1"], "too small"),
     (["--top-k", ",".join(map(str, range(40))), "--min-p", ",".join(["0.1"] * 40)], "1600 combinations are more than"),
     (["--html", "x.txt"], "must end in .html"), (["--num-samples", "0"], "not between 1"),
-    (["--num-beams", "2"], "4 samples of num_beams = 2 are too many")])
+    (["--html", ""], "must end in .html"), (["--penalty-alpha", "0,0.5", "--top-k", "1"], "top_k = 1; give 2 or more")])
 def test_what_cannot_be_swept(flags, message, capsys, run):
     with pytest.raises(SystemExit) as stopped:
         main(["sweep", str(run), *flags])
