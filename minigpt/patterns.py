@@ -70,7 +70,7 @@ def parsed(regex: str) -> _parser.SubPattern:
     """The tree of a regular expression, without `^` before and `$` behind the whole, which say nothing here."""
     try:
         tree = _parser.parse(regex, re.ASCII)
-    except (re.error, OverflowError, RecursionError) as error:
+    except (re.error, OverflowError) as error:
         raise ValueError(f"{regex!r} is no regular expression: {error}") from None
     items = list(tree)
     items = items[1:] if items[:1] == [(kinds.AT, kinds.AT_BEGINNING)] else items
@@ -89,8 +89,8 @@ class Automaton:
 
     def __init__(self, regex: str):
         self.regex, self.edges, self.free = regex, [[]], [[]]
-        tree = parsed(regex)
         try:
+            tree = parsed(regex)
             self.start = self._sequence(tree, 0, tree.state.flags)
         except RecursionError:
             raise ValueError(f"{regex[:60]!r} nests too deep; write it with fewer parentheses") from None

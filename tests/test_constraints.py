@@ -322,8 +322,8 @@ def test_what_ends_a_text_is_no_part_of_it():
     (dict(sample_beams=True, num_beams=2, temperature=0.0), "sample_beams draws"),
     (dict(json_schema='{"type": "array", "items": ' * 30 + "{}" + "}" * 30), "describes more than can be kept to"),
     (dict(json_schema='{"type": "array", "items": ' * 5000 + "{}" + "}" * 5000), "nests too deep"),
-    (dict(regex="(" * 300 + "a" + ")*" * 300), "nests too deep|parentheses|no regular"),
-    (dict(regex="((a?){100}){100}"), "needs too many states"), (dict(regex="(?u:a)"), "re.ASCII"),
+    (dict(regex="(" * 50_000 + "a" + ")*" * 50_000), "nests too deep; write it with fewer"),
+    (dict(regex="(?u:a)"), "re.ASCII"),
 ])
 def test_what_cannot_be_asked_for_together(settings_, message):
     with pytest.raises(ValueError, match=message):
