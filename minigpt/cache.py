@@ -41,11 +41,6 @@ class KVCache:
         """Memory of one slot."""
         return 2 * config.depth * (length + 1) * config.H_kv * config.D * dtype.itemsize
 
-    def copy(self, source: int, target: int, count: int) -> None:
-        """The first `count` tokens of one slot into another."""
-        for tensor in (self.keys, self.values):
-            tensor[:, target, :, :count] = tensor[:, source, :, :count]
-
     def move(self, moves: list[tuple[int, int, int, int]]) -> None:
         """(source, target, start, stop) each: those tokens of one slot into another, of all as they were before."""
         read = [[tensor[:, source, :, start:stop].clone() for tensor in (self.keys, self.values)]

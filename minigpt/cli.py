@@ -114,8 +114,9 @@ def _add_sampling(parser, without=()):
         parser.add_argument("--" + name.replace("_", "-"), help=f"{docs[name]} {more}".strip(), default=default, **how)
 
 
-def _sampling(arguments):
-    return SamplingParams(**{name: getattr(arguments, name) for name in dataclasses.asdict(SamplingParams())})
+def _sampling(arguments, without=()):
+    return SamplingParams(**{name: getattr(arguments, name) for name in dataclasses.asdict(SamplingParams())
+                             if name not in without})
 
 
 def _schema(text):
@@ -173,6 +174,8 @@ def _sample(arguments):
 SWEPT = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
          "frequency_penalty", "no_repeat_ngram", "num_beams", "length_penalty", "num_beam_groups", "diversity_penalty",
          "penalty_alpha")
+NOT_GIVEN = (*SWEPT, "echo", "log_probabilities")
+"""Settings that a sweep varies, or decides itself."""
 MOST_SETTINGS = 500
 
 
@@ -190,7 +193,7 @@ def sweep(argv: list[str] | None = None) -> None:
     for name in SWEPT:
         parser.add_argument("--" + name.replace("_", "-"), type=_values(type(defaults[name])), metavar="X,...",
                             default=[], help=f"{docs[name]} Several values are tried in turn.".replace("%", "%%"))
-    _add_sampling(parser, without=(*SWEPT, "echo", "log_probabilities"))
+    _add_sampling(parser, without=NOT_GIVEN)
     arguments = parser.parse_args(argv)
     _run(lambda: _sweep(arguments), "stopped")
 
@@ -216,9 +219,7 @@ def _sweep(arguments):
     values = {name: getattr(arguments, name) for name in SWEPT if getattr(arguments, name)}
     if (count := math.prod(map(len, values.values()))) > MOST_SETTINGS:
         raise ValueError(f"{count} combinations are more than {MOST_SETTINGS}; give fewer values")
-    fixed = SamplingParams(**{name: getattr(arguments, name) for name in dataclasses.asdict(SamplingParams())
-                              if name not in (*SWEPT, "echo", "log_probabilities")})
-    settings = sweep.grid(fixed, values)
+    settings = sweep.grid(_sampling(arguments, without=NOT_GIVEN), values)
     if importlib.util.find_spec("sacrebleu") is None:
         _warn("self-BLEU is left out: it needs the package sacrebleu; pip install 'minigpt[eval]'")
     rows = max(params.rows for _, params in settings)

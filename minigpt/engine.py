@@ -256,7 +256,7 @@ class Engine:
         slot = source if source in self.left and count else next(
             (slot for slot, tokens in self.left.items() if not tokens), next(iter(self.left)))
         if count and slot != source:
-            self.cache.copy(source, slot, count)
+            self.cache.move([(source, slot, 0, count)])
         request.slot, request.stored, request.reusable = slot, count, count
         self.active[slot] = request                     # from here on it has the slot; see _free
         self.left.pop(slot, None)

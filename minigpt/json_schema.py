@@ -15,6 +15,7 @@ from minigpt.patterns import Automaton, TooLarge
 DIGITS = 15
 """Of a whole number, at most; larger ones are not exact everywhere."""
 LONGEST_PATTERN = 1_000_000
+"""Characters of a regular expression, which doubles with each level of arrays."""
 LONGEST = 1000
 """Characters of a text, or items, that a bound may allow."""
 STRING = {"minLength", "maxLength", "pattern", "format"}

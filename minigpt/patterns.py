@@ -19,7 +19,7 @@ from minigpt.tokenizer import Tokenizer
 REMEMBERED = 256
 """States of a pattern, and ends of banned texts, of which the tokens that may follow are kept."""
 MOST_STATES, MOST_WORK = 100_000, 30_000_000
-"""Of an automaton, and links that are followed to make it: a hundred megabytes, and a few seconds."""
+"""Of an automaton, and links that are followed to make it: a hundred megabytes, and some ten seconds."""
 NEVER = np.iinfo(np.int64).max
 LAST = 0x10FFFF
 SURROGATES = 0xD800, 0xDFFF
@@ -198,16 +198,16 @@ class Pattern:
     """
 
     def __init__(self, regex: str, pieces: Pieces):
-        rows, finals, start = _deterministic(Automaton(regex))
+        rows, finals = _deterministic(Automaton(regex))
         lost = len(rows)                                # from here there is no way to an end
-        self.start, self.next = start, np.full((lost + 1, 256), lost, np.int32)
+        self.start, self.next = 0, np.full((lost + 1, 256), lost, np.int32)
         for state, row in enumerate(rows):
             for low, high, target in row:
                 self.next[state, low:high] = target
         self.is_final = np.zeros(lost + 1, bool)
         self.is_final[finals] = True
         self.distance = np.array([*_distances(rows, finals), NEVER])
-        if self.distance[start] == NEVER:
+        if self.distance[self.start] == NEVER:
             raise ValueError(f"{regex!r} matches no text at all; write one that matches some")
         self.next[self.distance[self.next] == NEVER] = lost
         goes_on = self.next != lost
@@ -232,7 +232,7 @@ class Pattern:
 
 
 def _deterministic(automaton):
-    """([(from byte, to the one before, next state)] of each state, the final states, the first)."""
+    """([(from byte, to the one before, next state)] of each state, the final states); state 0 is the first."""
     work = 0
 
     def spend(amount):
@@ -272,7 +272,7 @@ def _deterministic(automaton):
                     spend(MOST_WORK / MOST_STATES)
                 row.append((low, high, names[targets]))
         rows.append(row)
-    return rows, [names[states] for states in order if 0 in states], 0
+    return rows, [names[states] for states in order if 0 in states]
 
 
 def _distances(rows, finals):

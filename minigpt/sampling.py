@@ -1,7 +1,8 @@
 """Logits to the next token: pure functions on float32 logits (B, V), each giving new logits (B, V).
 
 Order: logit bias, repetition penalty, presence and frequency penalties, no repeated n-grams, temperature, top-k, top-p,
-min-p, typical. It is that of Hugging Face's `generate`, which lacks the presence and frequency penalties.
+min-p, typical. It is that of Hugging Face's `generate`, which lacks the presence and frequency penalties. What a text
+may not say (constraints.py) is -inf before.
 """
 
 from __future__ import annotations

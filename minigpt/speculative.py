@@ -1,7 +1,8 @@
 """Guesses at the tokens that follow, which the model checks in one pass (speculative decoding, arXiv 2211.17192).
 
 A guesser has `guesses(tokens, count, draw)`: up to `count` pairs (token, probabilities (1, V) it was drawn with, None
-where it was sure). What comes of them is text of the model's own distribution, whatever they are.
+where it was sure); `draw` gives one such pair, or None where nothing may come next. What comes of them
+is text of the model's own distribution, whatever they are.
 """
 
 from __future__ import annotations

@@ -67,10 +67,9 @@ CHARACTERS = "aábc01 -\n\"\\\x00\x7f߿ࠀ一퟿\ue000\uffff\U00010000\U0001f600
 @given(st.sampled_from([*PATTERNS, "[^é]*", ".*", r"\w+\s?\d", "(?i:ab|Á[b-d])*", "[一-龥]{1,2}",
                         "a{2,}?b?|[^\\W1]", "[\U00010000-\U0001f700]|[\x00-߿]{2}", "(a|b)*abb", "",
                         "(?s:.)|ab?", "^a(?:b|)$", r"[^\Dx]\S"]),
-
        st.text(alphabet=CHARACTERS, max_size=5) | st.binary(max_size=4).map(lambda raw: raw.decode("utf-8", "replace")))
 def test_a_pattern_is_that_of_python(pattern, text):
-    """Every text is accepted or not as by `re`; one that is no end is as far from one as `distance` says, at least."""
+    """Every text is accepted or not as by `re`."""
     compiled = BYTES.pattern(pattern)
     state = compiled.start
     for byte in text.encode():
@@ -350,3 +349,14 @@ def test_a_beginning_is_spelled_without_a_space_that_a_tokenizer_puts_before():
 
     pieces = Pieces(Spaced())
     assert pieces.spelled("king") == [7] and pieces.spelled(" king") == [8] and pieces.spelled("ké") == [2, 9, 10]
+
+
+@pytest.mark.parametrize("kind, right, wrong", [
+    ("date", ["2024-01-31", "1999-02-28"], ["2024-02-30", "2024-04-31", "2024-13-01", "24-01-01"]),
+    ("time", ["23:59:59Z", "00:00:00.25+01:00"], ["24:00:00Z", "10:00:00.Z", "10:00:00", "10:60:00Z"]),
+    ("date-time", ["2024-01-31T10:00:00.5-03:30"], ["2024-01-31T10:00:00.Z", "2024-01-31 10:00:00Z"]),
+    ("uuid", ["123e4567-e89b-12d3-a456-426614174000"], ["123e4567e89b12d3a456426614174000"])])
+def test_formats(kind, right, wrong):
+    pattern = json_schema.to_regex(json.dumps({"type": "string", "format": kind}))
+    assert all(re.fullmatch(pattern, json.dumps(text)) for text in right)
+    assert not any(re.fullmatch(pattern, json.dumps(text)) for text in wrong)

@@ -578,7 +578,7 @@ def test_a_step_that_is_broken_off_is_made_up_for(options, monkeypatch):
         monkeypatch.setattr(owner, name, part)
 
     broken(model, "hidden")
-    for owner, name in ((sampling, "sample"), (KVCache, "copy"), (Engine, "_give_slot"), (Engine, "_free"),
+    for owner, name in ((sampling, "sample"), (KVCache, "move"), (Engine, "_give_slot"), (Engine, "_free"),
                         (Engine, "_make_room")):
         broken(owner, name)
     engine = Engine(model, TOKENIZER, slots=2, **options)

@@ -11,11 +11,11 @@ import sentencepiece
 import tokenizers
 import torch
 from test_cli import fails
-from tiny import make_text, tiny_config
+from tiny import make_text, tiny_run
 from twins import random_model
 
 import minigpt
-from minigpt import cli, scores, training
+from minigpt import cli, scores
 from minigpt.config import Config, ObjectiveConfig, SamplingParams
 from minigpt.engine import Run
 from minigpt.evaluate import evaluate
@@ -266,10 +266,7 @@ def test_models_that_cannot_be_measured(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text(make_text(300), "utf-8")
-    training.train(tiny_config(folder, folder / "text.txt", "--train.max_steps=4"))
-    return folder / "run"
+    return tiny_run(tmp_path_factory.mktemp("trained"))
 
 
 def test_the_command(trained, tmp_path, capsys):

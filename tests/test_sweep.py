@@ -8,9 +8,8 @@ import re
 import pytest
 import torch
 from decoding import TOKENIZER, constant_model, model_of, run_of
-from tiny import make_text, tiny_config
+from tiny import tiny_run
 
-from minigpt import training
 from minigpt.cli import main
 from minigpt.config import SamplingParams
 from minigpt.engine import Completion
@@ -98,10 +97,7 @@ def test_the_page_stands_alone_and_shows_all():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text(make_text(300), "utf-8")
-    training.train(tiny_config(folder, folder / "text.txt", "--train.max_steps=4"))
-    return folder / "run"
+    return tiny_run(tmp_path_factory.mktemp("trained"))
 
 
 def test_the_verb(tmp_path, capsys, run):

@@ -17,6 +17,15 @@ def tiny_config(tmp_path: Path, text: Path, *overrides: str) -> Config:
     return load_config(path, [*TINY, f"--data.path={text}", f"--train.run_dir={tmp_path / 'run'}", *overrides])
 
 
+def tiny_run(folder: Path) -> Path:
+    """A run of four steps in `folder`."""
+    from minigpt.training import train
+
+    (folder / "text.txt").write_text(make_text(300), "utf-8")
+    train(tiny_config(folder, folder / "text.txt", "--train.max_steps=4"))
+    return folder / "run"
+
+
 WORDS = "the a of king queen said to and from with shall not love death night day sword crown my thy lord".split()
 
 
